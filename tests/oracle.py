@@ -1,0 +1,74 @@
+"""Data distributions whose denoisers are known in closed form, so that what the library computes has a right answer.
+
+For x_t = a x0 + s eps and x0 ~ N(m, C):  E[x0 | x_t] = m + a C (a^2 C + s^2 I)^-1 (x_t - a m). A mixture averages its
+components' answers with the posterior weights of the components. All work on vectors: x_t [B, D], t [B].
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """sum_k weights_k N(means_k, covs_k): weights [K], means [K, D], covs [K, D, D]."""
+    weights: np.ndarray
+    means: np.ndarray
+    covs: np.ndarray
+
+    def mean(self):
+        return self.weights @ self.means
+
+    def cov(self):
+        centred = self.means - self.mean()
+        return np.einsum("k,kij->ij", self.weights, self.covs) + np.einsum("k,ki,kj->ij", self.weights, centred, centred)
+
+    def draw(self, key, n):
+        key_k, key_z = jax.random.split(key)
+        k = jax.random.choice(key_k, len(self.weights), (n,), p=jnp.asarray(self.weights))
+        z = jax.random.normal(key_z, (n, self.means.shape[1]))
+        return jnp.asarray(self.means)[k] + jnp.einsum("bij,bj->bi", jnp.asarray(np.linalg.cholesky(self.covs + 0.0))[k], z)
+
+    def _parts(self, schedule, x_t, t):
+        """For each component: residual in the eigenbasis [B, K, D], its variance [B, K, D], eigenvalues [K, D], basis [K, D, D]."""
+        lam, U = np.linalg.eigh(self.covs)
+        lam = np.maximum(lam, 0.0)
+        a, s = (jnp.broadcast_to(f(t), x_t.shape[:1])[:, None, None] for f in (schedule.alpha, schedule.sigma))
+        residual = jnp.einsum("kij,bki->bkj", jnp.asarray(U), x_t[:, None, :] - a * self.means[None])
+        return residual, a**2 * lam + s**2, a, jnp.asarray(lam), jnp.asarray(U)
+
+    def log_posterior(self, schedule, x_t, t):
+        """log p(component | x_t), [B, K]; and log p(x_t), [B]."""
+        residual, var, _, _, _ = self._parts(schedule, x_t, t)
+        log_joint = jnp.log(self.weights) - 0.5 * jnp.sum(residual**2 / var + jnp.log(2 * jnp.pi * var), -1)
+        total = jax.nn.logsumexp(log_joint, -1)
+        return log_joint - total[:, None], total
+
+    def log_prob(self, schedule, x_t, t):
+        """log p_t(x_t), [B]."""
+        return self.log_posterior(schedule, x_t, t)[1]
+
+    def denoiser(self, schedule):
+        """denoise(x_t, t) = E[x0 | x_t]."""
+        def denoise(x_t, t):
+            residual, var, a, lam, U = self._parts(schedule, x_t, t)
+            x0 = self.means[None] + jnp.einsum("kij,bkj->bki", U, a * lam / var * residual)  # [B, K, D]
+            if len(self.weights) == 1:
+                return x0[:, 0]
+            return jnp.einsum("bk,bki->bi", jnp.exp(self.log_posterior(schedule, x_t, t)[0]), x0)
+        return denoise
+
+
+def gaussian(mean, cov) -> Mixture:
+    return Mixture(np.ones(1), np.asarray(mean, float)[None], np.asarray(cov, float)[None])
+
+
+def point_mass(x) -> Mixture:
+    x = np.asarray(x, float)
+    return gaussian(x, np.zeros((x.size, x.size)))
+
+
+GAUSSIAN = gaussian([0.7, -0.4], [[0.5, 0.2], [0.2, 0.3]])
+MIXTURE = Mixture(np.array([0.3, 0.5, 0.2]), np.array([[1.5, 0.0], [-0.8, 1.0], [0.0, -1.2]]),
+                  np.array([[[0.10, 0.03], [0.03, 0.20]], [[0.15, -0.05], [-0.05, 0.08]], [[0.05, 0.0], [0.0, 0.05]]]))
