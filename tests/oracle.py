@@ -36,12 +36,12 @@ class Mixture:
         lam = np.maximum(lam, 0.0)
         a, s = (jnp.broadcast_to(f(t), x_t.shape[:1])[:, None, None] for f in (schedule.alpha, schedule.sigma))
         residual = jnp.einsum("kij,bki->bkj", jnp.asarray(U), x_t[:, None, :] - a * self.means[None])
-        return residual, a**2 * lam + s**2, a, jnp.asarray(lam), jnp.asarray(U)
+        return residual, a**2 * lam[None] + s**2, a, jnp.asarray(lam)[None], jnp.asarray(U)
 
     def log_posterior(self, schedule, x_t, t):
         """log p(component | x_t), [B, K]; and log p(x_t), [B]."""
         residual, var, _, _, _ = self._parts(schedule, x_t, t)
-        log_joint = jnp.log(self.weights) - 0.5 * jnp.sum(residual**2 / var + jnp.log(2 * jnp.pi * var), -1)
+        log_joint = jnp.log(self.weights)[None] - 0.5 * jnp.sum(residual**2 / var + jnp.log(2 * jnp.pi * var), -1)
         total = jax.nn.logsumexp(log_joint, -1)
         return log_joint - total[:, None], total
 

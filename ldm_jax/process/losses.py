@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ldm_jax.process.parameterizations import check_parameterization
 from ldm_jax.process.schedules import Schedule
-from ldm_jax.types import Array, expand, lookup, normal, uniform
+from ldm_jax.types import Array, expand, fold_in, lookup, normal, uniform
 
 
 def logit_normal(key: Array, n: int, mean: float = 0.0, std: float = 1.0) -> Array:
@@ -51,7 +51,7 @@ def diffusion_loss(predict: Callable[[Array, Array], Array], schedule: Schedule,
     row = check_parameterization(parameterization, schedule)
     draw = lookup(TIMES, times, "time distribution") if isinstance(times, str) else times
     weigh = lookup(WEIGHTS, weight, "loss weight") if isinstance(weight, str) else weight
-    key_t, key_eps = jax.random.split(key)
+    key_t, key_eps = fold_in(key, 0), fold_in(key, 1)
     t = schedule.on_grid(draw(key_t, x0.shape[0]))
     eps = normal(key_eps, x0.shape)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -1,0 +1,119 @@
+"""Batches for the training loop: shuffled, split over processes, read ahead, placed on the devices, and resumable.
+
+The order is one endless stream of examples: epoch e is a permutation of the whole source drawn from (seed, e), and
+batch k is the examples at positions k B ... (k + 1) B - 1 of that stream, so an epoch need not end with a batch and every
+example comes exactly once per epoch. Process p of P reads the p-th part of B / P examples of each batch. Batch k is
+therefore a function of (seed, k, B) alone: the same examples, in the same order and mirrored alike, whatever the number of processes.
+"""
+from typing import Any, Dict, Mapping, Optional
+
+import numpy as np
+
+from ldm_jax.data.base import Source
+from ldm_jax.types import UserError
+
+READ_AHEAD = 4  # batches decoded before they are asked for
+PLACED_AHEAD = 2  # batches already on the devices
+
+
+class Batches:
+    """An endless iterator over dicts of arrays: "image" uint8 [B, H, W, C] and, for a labelled source, "class" int32 [B].
+
+    Its state is the index of the next batch. Call close() (or use it as a context manager) when done: device arrays
+    still queued when the interpreter ends can abort the process.
+    """
+
+    def __init__(self, make, start: int):
+        self._make, self._it, self._next = make, None, start
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Mapping[str, Any]:
+        if self._make is None:
+            raise ValueError("this iterator of batches has been closed")
+        if self._it is None:
+            self._it = iter(self._make(self._next))
+        batch = next(self._it)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> Dict[str, int]:
+        """{"next_index": k}: the batch that next() gives next."""
+        return {"next_index": self._next}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Go to where get_state() was taken, on any number of processes."""
+        self._stop()
+        self._next = int(state["next_index"])
+
+    def _stop(self) -> None:
+        if self._it is not None:
+            self._it.close()
+            self._it = None
+
+    def close(self) -> None:
+        """End the reading threads and let go of every queued array."""
+        self._stop()
+        self._make = None
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[Any] = None, process_index: int = 0,
+            process_count: int = 1, flip: bool = False, start: int = 0, num_workers: int = 0) -> Batches:
+    """Batch start, start + 1, ... of the source, without end.
+
+    Args:
+      batch_size: B, over all processes. A B greater than the source takes from several epochs.
+      seed: 0 .. 2^32 - 1; draws the order of every epoch and the mirroring.
+      sharding: of a batch's leading axis; the arrays come as global jax.Arrays, of which this process gives its part.
+        None: numpy arrays, this process's B / process_count examples only.
+      flip: mirror each image left to right with probability 1/2.
+      num_workers: processes that decode. 0, decoding in a thread, starts at once and is right for small images; a worker
+        takes seconds to start and pays where decoding is the bottleneck.
+
+    Raises:
+      UserError: a batch that the processes cannot share equally, or a number out of range.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size {batch_size} must be a positive multiple of the number of processes, {process_count}")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index {process_index} must be in 0..{process_count - 1}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"data seed {seed} must be in 0..{2**32 - 1}")
+    if source.size < 1:
+        raise UserError(f"data source {source.name!r} has no images")
+    share = batch_size // process_count
+
+    def read(k: int, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+        batch = dict(source.read(ids.tolist()))
+        if flip:
+            mirrored = np.random.default_rng((seed, k)).random(batch_size)[process_index * share:][:share] < 0.5
+            batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
+        return batch
+
+    def place(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        import jax
+
+        return {name: jax.make_array_from_process_local_data(sharding, np.asarray(a)) for name, a in batch.items()}
+
+    def make(first: int):
+        import grain
+
+        # repeat before batch, so that no example is lost where an epoch ends; cut into shares and then take this process's,
+        # so that the shares of one step, laid side by side, are that step's batch of a single process
+        order = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
+        parts = order.batch(share, drop_remainder=True)[process_index::process_count].map_with_index(read)
+        stream = parts[first:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
+        if num_workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        if sharding is not None:
+            stream = stream.map(place)
+        return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=PLACED_AHEAD)
+
+    return Batches(make, start)

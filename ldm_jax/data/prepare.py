@@ -1,0 +1,236 @@
+"""Fetches CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST and writes them in the official TFDS layout, without TensorFlow.
+
+    python -m ldm_jax.data.prepare --name=cifar10 [--data_dir=DIR] [--archive=FILE_OR_DIRECTORY]
+
+The official builder of each set decides names, features, splits, keys (so the order of the records) and where the data
+comes from; only its reader is replaced, because it yields arrays, which TFDS encodes with TensorFlow alone. Here the
+images are handed over as PNG bytes: the same pixels, losslessly.
+
+Every file fetched or handed in is compared with the SHA-256 that TFDS registers for it. The set appears under its final name in
+one rename, after everything has been written, so a preparation that was killed leaves nothing that looks prepared.
+"""
+import argparse
+import dataclasses
+import functools
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Optional, Tuple, Union
+
+import numpy as np
+
+from ldm_jax.data.records import data_dirs, find
+from ldm_jax.types import UserError, lookup
+
+CONNECT_S, READ_S = 10, 30  # how long a server may take to answer, and to send the next bytes
+
+
+def command(name: str, data_dir: Union[str, Path], archive: Optional[str] = None) -> str:
+    """The command that prepares a set by hand."""
+    return f"python -m ldm_jax.data.prepare --name={name} --data_dir={data_dir}" + (f" --archive={archive}" if archive else "")
+
+
+def _png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, C], C 1 or 3, as the bytes of a PNG file."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(out, format="png")
+    return out.getvalue()
+
+
+def _cifar_examples(builder: Any, split_prefix: str, filepaths: Iterator[str]) -> Iterator[Tuple[int, Mapping[str, Any]]]:
+    """Records of the CIFAR binary files: one byte per label, then 3 x 32 x 32 bytes, channel by channel."""
+    keys = builder._cifar_info.label_keys
+    index = 0
+    for path in filepaths:
+        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
+        if not len(data) or len(data) % (len(keys) + 3072):
+            raise UserError(f"{Path(path).name} has {len(data)} bytes, which is no whole number of records of {len(keys) + 3072}")
+        for row in data.reshape(-1, len(keys) + 3072):
+            image = row[len(keys):].reshape(3, 32, 32).transpose(1, 2, 0)
+            yield index, {**dict(zip(keys, map(int, row))), "id": f"{split_prefix}{index:05d}", "image": _png(image)}
+            index += 1
+
+
+def _idx(path: Union[str, Path]) -> np.ndarray:
+    """A gzipped IDX file of unsigned bytes: 0, 0, 8, rank, then rank big-endian 32-bit sizes, then the values."""
+    data = gzip.decompress(Path(path).read_bytes())
+    rank = data[3] if len(data) > 3 and data[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(data, ">i4", rank, 4) if len(data) >= 4 + 4 * rank else []
+    if not rank or len(data) - 4 - 4 * rank != np.prod(shape):
+        raise UserError(f"{Path(path).name} is not an IDX file of bytes, or it is cut short")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _mnist_examples(builder: Any, num_examples: int, data_path: str, label_path: str) -> Iterator[Tuple[int, Mapping[str, Any]]]:
+    """Records of a pair of IDX files, images [n, 28, 28] and labels [n]. (How many they hold, their checksums settle.)"""
+    images, labels = _idx(data_path), _idx(label_path)
+    if images.shape != (len(labels), 28, 28):
+        raise UserError(f"{Path(data_path).name} holds {images.shape} values for the {labels.shape} of {Path(label_path).name}; "
+                        f"images must be [n, 28, 28]")
+    for index, (image, label) in enumerate(zip(images, labels)):
+        yield index, {"image": _png(image[..., None]), "label": int(label)}
+
+
+OFFICIAL = {"cifar10": _cifar_examples, "cifar100": _cifar_examples, "mnist": _mnist_examples, "fashion_mnist": _mnist_examples}
+
+
+def registered(name: str) -> Mapping[str, str]:
+    """URL -> SHA-256 of the set's official files, from TFDS."""
+    import tensorflow_datasets as tfds_lib
+
+    return {url: info.checksum for url, info in tfds_lib.builder_cls(name).url_infos.items()}
+
+
+def _check(path: Path, url: str, checksum: str) -> Path:
+    with open(path, "rb") as f:
+        actual = hashlib.file_digest(f, "sha256").hexdigest()
+    if actual != checksum:
+        raise UserError(f"{path} is incomplete or another file: its SHA-256 is {actual[:16]}..., that of {url} is {checksum[:16]}...")
+    return path
+
+
+def _download(url: str, to: Path, checksum: str) -> Path:
+    """Fetch `url` into the file `to`, which appears only when complete and right."""
+    import requests
+    from tqdm import tqdm
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=to.name + ".", suffix=".part", dir=to.parent)
+    try:
+        with open(handle, "wb") as f, requests.get(url, stream=True, timeout=(CONNECT_S, READ_S)) as response:
+            response.raise_for_status()
+            total = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=to.name, disable=None) as bar:
+                for block in response.iter_content(2**18):
+                    f.write(block)
+                    bar.update(len(block))
+        _check(Path(part), url, checksum)
+        os.replace(part, to)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return to
+
+
+def _obtain(name: str, url: str, root: Path, archive: Optional[Path]) -> Path:
+    """The official file of that URL, checked: from `archive` where one is given, else downloaded, or kept from an earlier try."""
+    file, checksum = url.rsplit("/", 1)[1], registered(name)[url]
+    if archive:
+        path = archive / file if archive.is_dir() else archive
+        if not path.is_file():
+            raise UserError(f"no file {path}; give the directory that holds {file}, fetched from {url}")
+        return _check(path, url, checksum)
+    kept = root / "downloads" / name / file
+    if kept.is_file():
+        try:
+            return _check(kept, url, checksum)
+        except UserError:
+            pass  # of an earlier version, or damaged since: fetch it again
+    import requests
+
+    try:
+        return _download(url, kept, checksum)
+    except requests.RequestException as e:
+        reason = f"{type(e).__name__}: {_root_cause(e)}"
+        raise UserError(f"{url} could not be downloaded ({reason})\nwhere there is a network fetch {file}, then run: "
+                        f"{command(name, root, 'FILE_OR_DIRECTORY')}") from e
+
+
+def _root_cause(e: BaseException) -> str:
+    """The last words of the innermost of nested network errors, on one line."""
+    while e.args and isinstance(getattr(e.args[0], "reason", e.args[0]), BaseException):
+        e = getattr(e.args[0], "reason", e.args[0])
+    return str(e).splitlines()[0].rsplit(">: ")[-1][:160] if str(e) else type(e).__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """What the official builders ask for their files: download_and_extract(URL, or names -> URLs) -> paths alike."""
+    obtain: Callable[[str], Path]
+    scratch: Path
+
+    def download_and_extract(self, urls):
+        if isinstance(urls, Mapping):
+            return {key: self.download_and_extract(url) for key, url in urls.items()}
+        path = self.obtain(urls)
+        if not urls.endswith(".tar.gz"):
+            return str(path)  # gzipped files are read as they are
+        try:
+            with tarfile.open(path) as tar:
+                tar.extractall(self.scratch, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise UserError(f"{path} cannot be unpacked: {e}") from e
+        return str(self.scratch)
+
+
+def _builder(name: str, files: _Files, root: Path):
+    """The official builder of the set with another source of files and another reader."""
+    import tensorflow_datasets as tfds_lib
+
+    official, examples = tfds_lib.builder_cls(name), OFFICIAL[name]
+
+    class Prepared(official, skip_registration=True):
+        def _split_generators(self, dl_manager):
+            return super()._split_generators(files)
+
+        def _generate_examples(self, *args, **kwargs):
+            return examples(self, *args, **kwargs)
+
+    Prepared.name, Prepared.__module__ = name, official.__module__  # both are written into the set's description
+    return Prepared(data_dir=str(root), file_format="array_record")
+
+
+def prepare(name: str, data_dir: Union[None, str, Path] = None, *, archive: Union[None, str, Path] = None) -> Path:
+    """Write the set under `data_dir` (see `data_dirs`), unless it is there; returns its directory.
+
+    Args:
+      archive: the official file, or the directory that holds the official files, fetched by hand. None: download them.
+
+    Raises:
+      UserError: a name that is not in OFFICIAL, a file that is missing or is not the official one, a directory that cannot be written.
+    """
+    lookup(OFFICIAL, name, "data set to prepare")
+    root = data_dirs(data_dir)[-1]
+    found = find(name, [root])
+    if found:
+        return found
+    archive = Path(archive).expanduser() if archive else None
+    if archive and not archive.exists():
+        raise UserError(f"no file or directory {archive}; it must be or hold the official files of {name}: "
+                        + ", ".join(url for url in registered(name)))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"preparing.{name}.", dir=root) as scratch:
+            files = _Files(functools.partial(_obtain, name, root=root, archive=archive), Path(scratch))
+            _builder(name, files, root).download_and_prepare(download_dir=scratch)
+    except OSError as e:
+        if not find(name, [root]):  # where another process finished first, its result is as good
+            raise UserError(f"cannot prepare {name} in {root}: {e}; free space there or choose another --data_dir") from e
+    shutil.rmtree(root / "downloads" / name, ignore_errors=True)
+    return find(name, [root])
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ldm_jax.data.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--name", required=True, help=f"one of: {', '.join(OFFICIAL)}")
+    parser.add_argument("--data_dir", help="where to write; without it $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    parser.add_argument("--archive", help="the official file, or the directory of the official files, where there is no network")
+    args = parser.parse_args(argv)
+    try:
+        print(prepare(args.name, args.data_dir, archive=args.archive))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

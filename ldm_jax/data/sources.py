@@ -1,0 +1,134 @@
+"""The data sources by name: each row of SOURCES is a function (split, named arguments) -> Source."""
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from ldm_jax.data.base import Source, cached, in_memory, square
+from ldm_jax.data.records import tfds
+from ldm_jax.types import UserError
+
+SPLITS = ("train", "test")
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; choose from: {', '.join(SPLITS)}")
+
+
+def digits(split: str = "train") -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 x 1, their values 0..16 scaled to 0..255: 1,297 to train on, 500 held out.
+
+    Of each class's n images, in the file's order, m = round(n 500 / 1797) are held out, evenly spaced: the r-th (from 0) where
+    floor((r + 1) m / n) > floor(r m / n).
+    """
+    from sklearn.datasets import load_digits
+
+    _check_split(split)
+    data = load_digits()
+    image = np.rint(data.images * (255 / 16)).astype(np.uint8)[..., None]
+    held_out = np.zeros(len(image), bool)
+    for c in range(10):
+        ids = np.flatnonzero(data.target == c)
+        n, r = len(ids), np.arange(len(ids))
+        m = round(n * 500 / len(image))
+        held_out[ids] = (r + 1) * m // n > r * m // n
+    chosen = held_out if split == "test" else ~held_out
+    return in_memory("digits", image[chosen], data.target[chosen], [str(c) for c in range(10)])
+
+
+# |u| and |v| up to 1 span the shape; each row gives how far inside (positive) or outside (negative) the point (u, v) is, v downwards
+_SHAPES = {
+    "disc": lambda u, v: 1 - np.hypot(u, v),
+    "square": lambda u, v: 0.85 - np.maximum(abs(u), abs(v)),
+    "triangle": lambda u, v: np.minimum((0.9 + v) / 2 - abs(u), 0.9 - v) * 0.9,
+    "diamond": lambda u, v: (1 - abs(u) - abs(v)) * 0.7,
+    "plus": lambda u, v: np.minimum(1 - np.maximum(abs(u), abs(v)), 0.33 - np.minimum(abs(u), abs(v))),
+    "cross": lambda u, v: np.minimum(0.95 - np.maximum(abs(u), abs(v)), (0.4 - abs(abs(u) - abs(v))) * 0.7),
+    "ring": lambda u, v: 0.25 - abs(np.hypot(u, v) - 0.75),
+    "frame": lambda u, v: 0.2 - abs(np.maximum(abs(u), abs(v)) - 0.7),
+    "half disc": lambda u, v: np.minimum(1 - np.hypot(u, v + 0.5), v + 0.5),
+    "bar": lambda u, v: np.minimum(1 - abs(u), 0.35 - abs(v)),
+}
+
+
+def shapes(split: str = "train", *, size: int = 32, count: int = 4096, seed: int = 0, cache: bool = True) -> Source:
+    """Drawn pictures, size x size x 3: one bright shape of ten kinds, anywhere, of any colour, on a dark ground.
+
+    Example i shows shape i mod 10; its place, size and colours come from (seed, split, i) alone. count: examples in the split.
+    """
+    _check_split(split)
+    if size < 8 or count < 1:
+        raise UserError(f"shapes need size >= 8 and count >= 1, got size {size}, count {count}")
+    kinds = list(_SHAPES.values())
+    axis = (np.arange(size) + 0.5) / size * 2 - 1
+
+    def draw(i: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, SPLITS.index(split), i))
+        radius = rng.uniform(0.35, 0.6)
+        x, y = rng.uniform(-0.9 + radius, 0.9 - radius, 2)
+        ground, colour = rng.uniform(0, 90, 3), rng.uniform(60, 255, 3)
+        colour[rng.integers(3)] = 255  # one channel full, so that the shape stands out from any ground
+        inside = kinds[i % len(kinds)]((axis[None, :] - x) / radius, (axis[:, None] - y) / radius)
+        cover = np.clip(0.5 + inside * radius * size / 2, 0, 1)[..., None]  # the edge is one pixel wide
+        return np.rint(ground + cover * (colour - ground)).astype(np.uint8)
+
+    def read(ids):
+        return {"image": np.stack([draw(int(i)) for i in ids]), "class": np.asarray(ids, np.int32) % len(kinds)}
+
+    source = Source("shapes", (size, size, 3), len(kinds), tuple(_SHAPES), count, read)
+    return cached(source) if cache else source
+
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def folder(split: str = "train", *, path: str, image_size: int, channels: int = 3, held_out: float = 0.1, cache: bool = True) -> Source:
+    """A directory of images: each subdirectory is a class, numbered in the order of their names; without subdirectories, no classes.
+
+    Images are scaled and centre-cropped to image_size x image_size. The test split is a fixed fraction of the files, near
+    `held_out`: those whose path within the directory has crc32 / 2^32 < held_out. So a file keeps its split when others
+    are added, and held_out=0 trains on everything.
+
+    Raises:
+      UserError: a missing or empty directory, an empty split; on reading, an image that cannot be decoded.
+    """
+    _check_split(split)
+    if image_size < 1 or channels not in (1, 3) or not 0 <= held_out < 1:
+        raise UserError(f"folder needs image_size >= 1, channels 1 or 3 and 0 <= held_out < 1, "
+                        f"got image_size {image_size}, channels {channels}, held_out {held_out}")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"no image directory {root}; give the path of a directory of images, or of one subdirectory per class")
+    files = sorted(f.relative_to(root) for f in root.rglob("*") if f.suffix.lower() in IMAGES and f.is_file()
+                   and not any(part.startswith(".") for part in f.relative_to(root).parts))
+    names = sorted({f.parts[0] for f in files if len(f.parts) > 1})
+    loose = [f for f in files if len(f.parts) == 1]
+    if not files:
+        raise UserError(f"no images in {root}; looked for files ending in {', '.join(IMAGES)}")
+    if names and loose:
+        raise UserError(f"{root} has both class directories and loose images such as {loose[0]}; move the images into a class")
+    chosen = [f for f in files if (zlib.crc32(f.as_posix().encode()) < held_out * 2**32) == (split == "test")]
+    if not chosen:
+        raise UserError(f"none of the {len(files)} images in {root} falls into the {split} split; change held_out, now {held_out}")
+    label = np.array([names.index(f.parts[0]) for f in chosen], np.int32) if names else None
+
+    def picture(file: Path) -> np.ndarray:
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(root / file) as image:
+                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                return np.asarray(square(upright, image_size)).reshape(image_size, image_size, channels)
+        except Exception as e:  # Pillow's decoders raise many kinds
+            raise UserError(f"cannot read the image {root / file}: {e}; replace or remove it") from e
+
+    def read(ids):
+        batch = {"image": np.stack([picture(chosen[i]) for i in ids])}
+        return batch if label is None else {**batch, "class": label[np.asarray(ids)]}
+
+    source = Source(root.name, (image_size, image_size, channels), len(names) or None, tuple(names), len(chosen), read)
+    return cached(source) if cache else source
+
+
+SOURCES = {"digits": digits, "folder": folder, "shapes": shapes, "tfds": tfds}

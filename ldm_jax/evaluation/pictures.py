@@ -1,0 +1,36 @@
+"""Pictures for people: grids of images as PNG files."""
+import os
+from typing import Sequence
+
+import numpy as np
+from PIL import Image
+
+_SMALLEST = 48  # pixels; smaller images are enlarged by a whole factor so that they can be looked at
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[0, 1] -> uint8, rounded to nearest; uint8 passes."""
+    images = np.asarray(images)
+    return images if images.dtype == np.uint8 else np.clip(np.rint(images * 255.0), 0, 255).astype(np.uint8)
+
+
+def grid(rows: Sequence[np.ndarray], gap: int = 2) -> Image.Image:
+    """One picture from rows of images [N, H, W, C] (uint8, or float in [0, 1]), C 1 or 3; rows may differ in length."""
+    rows = [to_uint8(row) for row in rows]
+    h, w, c = rows[0].shape[1:]
+    factor = max(1, -(-_SMALLEST // max(h, w)))
+    h, w = h * factor + gap, w * factor + gap
+    sheet = np.full((len(rows) * h + gap, max(map(len, rows)) * w + gap, c), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            big = image.repeat(factor, 0).repeat(factor, 1)
+            sheet[gap + y * h:y * h + h, gap + x * w:x * w + w] = big
+    return Image.fromarray(sheet[..., 0] if c == 1 else sheet)
+
+
+def save(path: str, rows: Sequence[np.ndarray]) -> str:
+    """Write `grid(rows)` to `path` through a temporary name; returns the path."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    grid(rows).save(path + ".tmp", format="png")
+    os.replace(path + ".tmp", path)
+    return path

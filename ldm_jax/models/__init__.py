@@ -1,0 +1,9 @@
+"""The networks, the only part that knows Flax: builders by name, and what they build as pure functions over dicts of parameters."""
+from ldm_jax.models.autoencoder import AUTOENCODERS, Autoencoder
+from ldm_jax.models.dit import dit
+from ldm_jax.models.net import Net
+from ldm_jax.models.unet import unet
+
+NETS = {"unet": unet, "dit": dit}
+
+__all__ = ["AUTOENCODERS", "NETS", "Autoencoder", "Net", "dit", "unet"]

@@ -1,0 +1,223 @@
+"""Pieces that several networks share: initialisers, norms, time embedding, attention, resampling, the residual block.
+
+Activations are [B, H, W, C] or [B, S, C] in the network's compute dtype; parameters are float32; norms and softmax are computed
+in float32. Submodules carry explicit names, which are the names of the parameter tree.
+"""
+import math
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.types import Array, UserError, lookup
+
+fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")  # Glorot & Bengio 2010; DDPM's
+zeros = nn.initializers.zeros_init()
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype that a network computes in, by name."""
+    return lookup(DTYPES, name, "dtype")
+
+
+def timestep_embedding(time: Array, dim: int, order: str = "cos_sin", max_period: float = 10000.0) -> Array:
+    """[B] -> float32 [B, dim]: sines and cosines of time * max_period^(-i / n), i = 0..dim/2 - 1.
+
+    order: "cos_sin" puts the cosines first and has n = dim/2 (ADM, LDM, DiT); "sin_cos" puts the sines first and has
+    n = dim/2 - 1 (Ho et al. 2020, after Vaswani et al. 2017). `time` is in the network's unit, usually 0..1000.
+    """
+    half = dim // 2
+    n = half if order == "cos_sin" else half - 1
+    freqs = jnp.exp(-math.log(max_period) / n * jnp.arange(half, dtype=jnp.float32))
+    angles = time.astype(jnp.float32)[:, None] * freqs[None]
+    parts = [jnp.cos(angles), jnp.sin(angles)]
+    return jnp.concatenate(parts if order == "cos_sin" else parts[::-1], -1)
+
+
+def num_groups(channels: int, groups: Optional[int] = None) -> int:
+    """How many groups to normalise `channels` in: `groups`, or by default 32 as the papers have it, fewer for narrow layers.
+
+    The default is the largest divisor of `channels` that is at most 32 and leaves at least four channels in a group.
+    """
+    if groups:
+        return groups
+    return max(g for g in range(1, max(1, min(32, channels // 4)) + 1) if channels % g == 0)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) over space and the channels of a group, then scale and bias per channel.
+
+    With `scale_shift` = (scale, shift), each [B, C], the result is multiplied by 1 + scale and moved by shift (Dhariwal & Nichol
+    2021, AdaGN). Both are folded into one affine map per example and channel, so the image is read twice and written once.
+    """
+    eps: float = 1e-5
+    groups: Optional[int] = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, scale_shift=None) -> Array:  # [B, ..., C]
+        C = x.shape[-1]
+        G = num_groups(C, self.groups)
+        scale = self.param("scale", nn.initializers.ones_init(), (C,))[None]
+        bias = self.param("bias", zeros, (C,))[None]
+        h = x.reshape(x.shape[0], -1, G, C // G).astype(jnp.float32)
+        mean = jnp.mean(h, (1, 3), keepdims=True)
+        rstd = jax.lax.rsqrt(jnp.mean(jnp.square(h - mean), (1, 3), keepdims=True) + self.eps)
+        if scale_shift is not None:
+            gain = 1.0 + scale_shift[0].astype(jnp.float32)
+            scale, bias = scale * gain, bias * gain + scale_shift[1].astype(jnp.float32)
+        a = rstd * scale.reshape(-1, 1, G, C // G)
+        y = (h - mean) * a + bias.reshape(-1, 1, G, C // G)
+        return y.astype(self.dtype).reshape(x.shape)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, in float32; `affine` adds a scale and a bias."""
+    eps: float = 1e-6
+    affine: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h - jnp.mean(h, -1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + self.eps)
+        if self.affine:
+            shape = (1,) * (x.ndim - 1) + (-1,)
+            h = h * self.param("scale", nn.initializers.ones_init(), x.shape[-1:]).reshape(shape)
+            h = h + self.param("bias", zeros, x.shape[-1:]).reshape(shape)
+        return h.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32; `affine` adds a scale (Zhang & Sennrich 2019)."""
+    eps: float = 1e-6
+    affine: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + self.eps)
+        if self.affine:
+            h = h * self.param("scale", nn.initializers.ones_init(), x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
+        return h.astype(self.dtype)
+
+
+def _einsum_attention(q, k, v, mask):
+    logits = jnp.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, -1).astype(v.dtype), v)
+
+
+# einsum is the fastest of the three on CPU, cudnn (bfloat16 only, head width a multiple of 8) on NVIDIA
+ATTENTION = {
+    "einsum": _einsum_attention,
+    "xla": lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla"),
+    "cudnn": lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"),
+}
+
+
+def attention(q: Array, k: Array, v: Array, mask: Optional[Array] = None, impl: str = "einsum") -> Array:
+    """softmax(q k^T / sqrt(D)) v, softmax in float32. q [B, T, H, D], k and v [B, S, H, D] -> [B, T, H, D].
+
+    mask: bool, broadcastable to [B, H, T, S]; keys where it is False are not seen.
+    """
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    return ATTENTION[impl](q, k, v, mask)
+
+
+def heads_of(channels: int, num_heads: int, head_width: Optional[int]) -> int:
+    """The number of heads for `channels`: channels / head_width where that is set, else `num_heads`.
+
+    Raises:
+      UserError: when the heads do not divide the channels.
+    """
+    heads = channels // head_width if head_width else num_heads
+    if not heads or channels % heads or (head_width and channels % head_width):
+        what = f"head_width={head_width}" if head_width else f"num_heads={num_heads}"
+        raise UserError(f"{what} does not divide a layer of {channels} channels; choose a divisor, or another width")
+    return heads
+
+
+def conv(features: int, name: str, dtype, kernel: int = 3, stride: int = 1, padding="SAME", init=fan_avg) -> nn.Conv:
+    """A square convolution; padding SAME at stride 2 and even size pads on the right and below only."""
+    return nn.Conv(features, (kernel, kernel), (stride, stride), padding, dtype=dtype, kernel_init=init, name=name)
+
+
+def dense(features: int, name: str, dtype, use_bias: bool = True, init=fan_avg) -> nn.Dense:
+    """A linear map of the last axis; on images it is the 1x1 convolution."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
+
+
+def upsample(x: Array) -> Array:
+    """Nearest neighbour by two: a broadcast, not a gather."""
+    B, H, W, C = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
+
+
+def downsample(x: Array) -> Array:
+    """The mean of each 2x2 square."""
+    B, H, W, C = x.shape
+    return jnp.mean(x.reshape(B, H // 2, 2, W // 2, 2, C), (2, 4))
+
+
+class ResBlock(nn.Module):
+    """norm, silu, conv, (embedding), norm, silu, dropout, conv (zero at first), plus the input, through 1x1 where widths differ.
+
+    The embedding, silu(emb) [B, E], is added after the first convolution (Ho et al. 2020) or, with `scale_shift`, scales and
+    shifts the second norm (Dhariwal & Nichol 2021). `resample` "up" or "down" changes both branches' size before the first
+    convolution, as BigGAN's blocks do. emb None is a block without embedding (autoencoders).
+    """
+    features: int
+    dropout: float = 0.0
+    scale_shift: bool = False
+    resample: Optional[str] = None
+    eps: float = 1e-5
+    groups: Optional[int] = None
+    zero_out: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Optional[Array] = None, train: bool = False) -> Array:
+        norm = lambda name: GroupNorm(self.eps, self.groups, self.dtype, name=name)
+        resize = {None: lambda a: a, "up": upsample, "down": downsample}[self.resample]
+        h = resize(nn.silu(norm("norm_1")(x)))
+        h = conv(self.features, "conv_1", self.dtype)(h)
+        modulation = None
+        if emb is not None:
+            e = dense(self.features * (2 if self.scale_shift else 1), "emb", self.dtype)(emb)
+            if self.scale_shift:
+                modulation = jnp.split(e, 2, -1)
+            else:
+                h = h + e[:, None, None]
+        h = nn.silu(norm("norm_2")(h, modulation))
+        h = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(h)
+        h = conv(self.features, "conv_2", self.dtype, init=zeros if self.zero_out else fan_avg)(h)
+        x = resize(x)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, "skip", self.dtype)(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """x + out(attention(q, k, v)) of the normalised image over all its positions (Ho et al. 2020), in one or more heads."""
+    num_heads: int = 1
+    eps: float = 1e-5
+    groups: Optional[int] = None
+    impl: str = "einsum"
+    zero_out: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        B, H, W, C = x.shape
+        h = GroupNorm(self.eps, self.groups, self.dtype, name="norm")(x).reshape(B, H * W, C)
+        q, k, v = (dense(C, n, self.dtype)(h).reshape(B, H * W, self.num_heads, -1) for n in ("q", "k", "v"))
+        h = attention(q, k, v, impl=self.impl).reshape(B, H, W, C)
+        return x + dense(C, "out", self.dtype, init=zeros if self.zero_out else fan_avg)(h)

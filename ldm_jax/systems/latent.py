@@ -1,0 +1,55 @@
+"""Latent diffusion (Rombach et al. 2022): diffusion of x0 = (z - shift) / scale, z the latents of a trained first stage.
+
+shift and scale [C] are the mean and standard deviation of each latent channel over the training data, so that x0 has zero mean
+and unit variance, as the noise schedules assume. They are part of the parameters ("latent") and saved with them.
+"""
+import dataclasses
+from typing import Any, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.systems.autoencoding import posterior_sample
+from ldm_jax.systems.base import Codec, System, diffusion
+from ldm_jax.types import Array, PyTree, to_signed
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The parameters {"shift": [C], "scale": [C]} of the latents' normalisation, shaped like a net so that it inits like one."""
+    channels: int
+
+    def init(self, key: Array) -> PyTree:
+        return {"shift": jnp.zeros((self.channels,)), "scale": jnp.ones((self.channels,))}
+
+
+def latent(net: Any, autoencoder: Any, *, image_shape, **options) -> System:
+    """Diffusion in the latents of `autoencoder`; options as for `systems.base.diffusion`."""
+    def encode(params, image, key):
+        z = posterior_sample(autoencoder, params["autoencoder"], image, key)
+        return (z - _row(params["latent"]["shift"])) / _row(params["latent"]["scale"])
+
+    def decode(params, x0):
+        z = x0 * _row(params["latent"]["scale"]) + _row(params["latent"]["shift"])
+        return autoencoder.decode(params["autoencoder"], z)
+
+    others = {"autoencoder": autoencoder, "latent": Statistics(autoencoder.latent_shape[-1])}
+    return diffusion(net, image_shape=image_shape, codec=Codec(encode, decode), sample_shape=autoencoder.latent_shape,
+                     others=others, **options)
+
+
+def _row(channels: Array) -> Array:
+    return channels.reshape(1, 1, 1, -1)
+
+
+def measure(autoencoder: Any, params: PyTree, batches: Iterable[Array], key: Array) -> PyTree:
+    """The mean and standard deviation of each latent channel, {"shift": [C], "scale": [C]}, over batches of uint8 images."""
+    @jax.jit
+    def moments(params, image, key):
+        z = posterior_sample(autoencoder, params, to_signed(image), key)
+        return jnp.mean(z, (0, 1, 2)), jnp.mean(z**2, (0, 1, 2))
+
+    sums = [moments(params, image, jax.random.fold_in(key, i)) for i, image in enumerate(batches)]
+    first, second = (np.mean(np.asarray(m, np.float64), axis=0) for m in zip(*sums))
+    return {"shift": jnp.asarray(first, jnp.float32), "scale": jnp.asarray(np.sqrt(second - first**2), jnp.float32)}

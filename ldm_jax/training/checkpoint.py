@@ -1,0 +1,157 @@
+"""Saving and restoring a run: Orbax, asynchronous, atomic, and verified.
+
+Each step's directory holds the arrays and, as JSON, the position in the data and a fingerprint of every array. A restore
+recomputes the fingerprints, so that a flipped bit is found as surely as a missing file; a checkpoint that fails is passed over
+for the newest good one. Nothing is pickled.
+"""
+import contextlib
+import os
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from ldm_jax.types import Array, PyTree, UserError
+
+_STATE = "state"
+
+
+def fingerprint(x: Array) -> Array:
+    """sum_i word_i (c i | 1) mod 2^32 over the array's bits in words of up to 32 bits.
+
+    Odd factors make any single changed word change the sum, and integer sums do not depend on how an array is sharded.
+    """
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    words = (x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, bits)).astype(jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, n in enumerate(x.shape):
+        position = position * jnp.uint32(n) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(words * (position * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+@jax.jit
+def _fingerprints(leaves: List[Array]) -> Array:
+    return jnp.stack([fingerprint(x) for x in leaves])
+
+
+def fingerprints(tree: PyTree) -> Dict[str, int]:
+    """Array's path -> fingerprint."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    return dict(zip(names, map(int, np.asarray(_fingerprints([x for _, x in flat]))))) if flat else {}
+
+
+class Checkpoints:
+    """The checkpoints of one directory.
+
+    Args:
+      directory: created when it is missing.
+      keep: how many of the newest steps are kept.
+      read_only: open what is there; nothing is created, cleaned or written.
+
+    Raises:
+      UserError: when the directory cannot be written.
+    """
+
+    def __init__(self, directory: str, *, keep: int = 2, config: Optional[Mapping[str, Any]] = None, read_only: bool = False):
+        self.directory = os.path.abspath(directory) if "://" not in directory else directory
+        self._good = set()  # steps written or verified by this object; another of the same number is damaged and is replaced
+        policies = ocp.training.preservation_policies
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory, cleanup_tmp_directories=not read_only, preservation_policy=policies.LatestN(keep),
+                custom_metadata=None if read_only or config is None else {"config": config})
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {self.directory!r}: {error.strerror or error}; "
+                            f"choose another --workdir") from error
+
+    @property
+    def steps(self) -> List[int]:
+        """The complete steps, oldest first."""
+        return sorted(c.step for c in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: PyTree, data: Mapping[str, int], *, metrics: Optional[Mapping[str, float]] = None) -> None:
+        """Start saving; returns as soon as the arrays are copied. A failure of the previous save is raised here."""
+        with self._failures(step):
+            self._checkpointer.wait()
+            if step in self._good:
+                return
+            self._checkpointer.save_checkpointables_async(
+                step, {_STATE: state}, force=True, overwrite=step in self.steps, metrics=dict(metrics or {}),
+                custom_metadata={"data": dict(data), "fingerprints": fingerprints(state)})
+            self._good.add(step)
+
+    def wait(self) -> None:
+        """Block until the last save is complete."""
+        with self._failures(None):
+            self._checkpointer.wait()
+
+    def restore(self, abstract: PyTree, *, warn: Callable[[str], None]) -> Optional[Tuple[int, PyTree, Dict[str, int]]]:
+        """The newest good checkpoint as (step, state, data position); None where there is none.
+
+        Args:
+          abstract: ShapeDtypeStructs, with shardings or without (then on the first device). May hold a part of what was saved.
+          warn: is told, in a line, of every checkpoint that was passed over.
+
+        Raises:
+          UserError: when checkpoints exist and none can be read.
+        """
+        steps = self.steps[::-1]
+        for step in steps:
+            try:
+                state, data = self._load(step, abstract)
+            except Exception as error:  # Orbax, tensorstore and JSON each raise their own for a damaged file
+                warn(f"checkpoint {step} in {self.directory} is damaged or does not fit ({_reason(error)}); trying the one before")
+                continue
+            self._good.add(step)
+            return step, state, data
+        if steps:
+            raise UserError(f"none of the checkpoints {steps} in {self.directory} can be read; "
+                            f"restore one from a copy, or start again in another --workdir")
+        return None
+
+    def _load(self, step: int, abstract: PyTree) -> Tuple[PyTree, Dict[str, int]]:
+        place = SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or place), abstract)
+        notes = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        context = ocp.Context()
+        context.pytree_options.loading.partial_load = True
+        with context:
+            state = self._checkpointer.load_checkpointables(step, {_STATE: abstract})[_STATE]
+        wrong = [name for name, value in fingerprints(state).items() if notes["fingerprints"].get(name) != value]
+        if wrong:
+            raise ValueError(f"fingerprint of {wrong[0]} differs" + (f", and of {len(wrong) - 1} more" if wrong[1:] else ""))
+        return state, notes["data"]
+
+    @contextlib.contextmanager
+    def _failures(self, step: Optional[int]):
+        try:
+            yield
+        except Exception as error:  # a full disk reaches us as one of several exceptions, from a thread of Orbax's
+            what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
+            raise UserError(f"{what} could not be written to {self.directory} ({_reason(error)}); complete: {self.steps or 'none'}. "
+                            f"Free some space or mend the permissions, then run the same command to go on") from error
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:
+                raise
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the deepest cause, which is where Orbax keeps the useful one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]

@@ -1,0 +1,190 @@
+"""The training loop, the one for every system: a loss function, an optimiser and batches in, a trained state out."""
+import contextlib
+import os
+import signal
+import time
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from ldm_jax.training.checkpoint import Checkpoints
+from ldm_jax.training.logs import Logs, drop_after, progress
+from ldm_jax.training.sharding import Rules, batch_sharding, replicated, shardings
+from ldm_jax.training.state import TrainState, new_state
+from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_in
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved at `step`. `signum` is the signal."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is saved")
+        self.signum, self.step = signum, step
+
+
+def ema_rate(decay: float, step: Array) -> Array:
+    """min(decay, (1 + step) / (10 + step)): a young average forgets its initialisation quickly."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: float, accumulate: int = 1) -> Callable:
+    """(state, batch, key) -> (state, metrics): one update.
+
+    The gradient is that of the mean of the per-example losses, taken in `accumulate` parts whose noise is the same as in one
+    part. A step whose loss or gradient is not finite leaves parameters, average and optimiser as they were, and says so in
+    metrics["finite"].
+    """
+    def mean_loss(params, fixed, batch, keys):
+        loss, metrics = loss_fn({**fixed, **params}, batch, keys)
+        return jnp.mean(loss), jax.tree.map(jnp.mean, dict(metrics))
+
+    def gradient(params, fixed, batch, keys):
+        (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, fixed, batch, keys)
+        return grads, {**metrics, "loss": loss}
+
+    def step(state: TrainState, batch: PyTree, key: Array):
+        n = jax.tree.leaves(batch)[0].shape[0]
+        keys = example_keys(fold_in(key, state.step), n)
+        if accumulate == 1:
+            grads, metrics = gradient(state.params, state.fixed, batch, keys)
+        else:
+            parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape((n // accumulate, accumulate) + a.shape[1:]), 1, 0), (batch, keys))
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
+                gradient, state.params, state.fixed, *jax.tree.map(lambda a: a[0], parts)))
+            total, _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, state.fixed, *part)), None), zeros, parts)
+            grads, metrics = jax.tree.map(lambda a: a / accumulate, total)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = ema_rate(ema_decay, state.step)
+        ema = jax.tree.map(lambda average, p: average + (1 - rate).astype(p.dtype) * (p - average), state.ema, params)
+        params, ema, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state, fixed=state.fixed)
+        return new, {**metrics, "grad_norm": norm, "finite": finite}
+
+    return step
+
+
+@contextlib.contextmanager
+def _watch_signals():
+    """Collects SIGINT and SIGTERM in a list instead of dying in the middle of a step; a second one has its usual effect."""
+    seen, before = [], {}
+
+    def note(signum, frame):
+        seen.append(signum)
+        signal.signal(signum, before[signum])
+
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, note)
+    except ValueError:  # not in the main thread (a notebook's worker): signals are not ours to take
+        pass
+    try:
+        yield seen
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], trained: Sequence[str], loss_fn: LossFn,
+          tx: optax.GradientTransformation, batches: Callable[[int], Any], batch_size: int, steps: int, seed: int, mesh: Mesh,
+          fixed: Optional[Callable[[], Mapping[str, PyTree]]] = None, rules: Rules = (), ema_decay: float = 0.9999, accumulate: int = 1,
+          log_every: int = 100, save_every: int = 1000, keep: int = 2, on_save: Optional[Callable[[int, TrainState], None]] = None,
+          config: Optional[Mapping[str, Any]] = None, name: str = "train", warn: Callable[[str], None] = print) -> TrainState:
+    """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
+
+    Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for bit, as a run that
+    was never killed: the state, the position in the data and the keys are functions of the step.
+
+    Args:
+      init: key -> parameters by name, of which those in `trained` are trained and the others held fixed.
+      fixed: called at the start of a new run for the values of the others, in place of what `init` makes of them.
+      batches: position -> iterator of batches sharded by `batch_sharding(mesh)`, with get_state() and close().
+      on_save: called with (step, state) after every checkpoint, for pictures.
+      warn: is told of checkpoints that are passed over.
+
+    Raises:
+      UserError: a loss that is not finite, a checkpoint that cannot be written or read.
+      Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    if batch_size % accumulate or (batch_size // accumulate) % mesh.size:
+        raise UserError(f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over {mesh.size} device(s)")
+    key = jax.random.key(seed)
+    key_init, key_train = jax.random.split(key)
+
+    def start() -> TrainState:
+        return new_state(init(key_init), trained, tx)
+
+    abstract = jax.eval_shape(start)
+    placed = shardings(abstract, mesh, rules)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(os.path.join(workdir, "checkpoints"), keep=keep, config=config))
+        found = checkpoints.restore(abstract, warn=warn)
+        if found:
+            _, state, position = found
+        else:
+            state, position = jax.jit(start, out_shardings=placed)(), {"next_index": 0}
+            if fixed is not None:
+                state = TrainState(state.step, state.params, state.ema, state.opt_state,
+                                   jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), dict(fixed()), abstract.fixed))
+        step = int(state.step)
+        if step >= steps:
+            return state
+        drop_after(os.path.join(workdir, "metrics.jsonl"), step)
+        logs = stack.enter_context(Logs(workdir))
+        data = batches(position["next_index"])
+        stack.callback(data.close)
+        update = jax.jit(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate), donate_argnums=0,
+                         in_shardings=(placed, batch_sharding(mesh), replicated(mesh)), out_shardings=(placed, replicated(mesh)))
+        bar = stack.enter_context(progress(steps, step, name))
+        seen = stack.enter_context(_watch_signals())
+        window, since = [], time.perf_counter()
+
+        def read_window() -> None:
+            """Fetch and log the metrics of the steps since the last time; stop at the first that is not finite."""
+            nonlocal window, since
+            if not window:
+                return
+            values = jax.device_get(window)
+            bad = [i for i, v in enumerate(values) if not v["finite"]]
+            if bad:
+                first = step - len(values) + bad[0] + 1
+                raise UserError(f"the loss is not finite at step {first} (first of {len(bad)} in steps {step - len(values) + 1} to {step}); "
+                                f"last good checkpoint: {checkpoints.steps[-1:] or 'none'}. Lower the learning rate or clip_norm, "
+                                f"then run again in a new --workdir")
+            mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k != "finite"}
+            mean["images_per_s"] = len(values) * batch_size / (time.perf_counter() - since)
+            logs.scalars(step, mean)
+            bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
+            window, since = [], time.perf_counter()
+
+        def save() -> None:
+            read_window()
+            checkpoints.save(step, state, data.get_state())
+
+        while step < steps:
+            state, metrics = update(state, next(data), key_train)
+            step += 1
+            bar.update()
+            window.append(metrics)
+            jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
+            if step % log_every == 0:
+                read_window()
+            if seen:
+                save()
+                checkpoints.wait()
+                raise Interrupted(seen[0], step)
+            if step % save_every == 0 or step == steps:
+                save()
+                if on_save and step < steps:
+                    on_save(step, state)
+        checkpoints.wait()
+        return state
