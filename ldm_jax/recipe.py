@@ -3,6 +3,7 @@
 A choice is a section {"name": NAME, NAME: {its options}}: the other rows' options may stand beside it, so that
 `--config.net.name=dit` is all it takes to switch.
 """
+import os
 from typing import Any, Mapping, Sequence
 
 from ldm_jax import process
@@ -73,6 +74,12 @@ def build_system(config: Mapping[str, Any]):
     return lookup(SYSTEMS, config["system"], "system")(config)
 
 
+def build_sampler(section: Mapping[str, Any]) -> process.Sampler:
+    """The sampling method of a `sampler` section. Built before training too, so that a mistake in it is known before hours are spent."""
+    lookup(process.GRIDS, section["grid"], "grid")
+    return choose(process.SAMPLERS, section, "sampler")
+
+
 def build_optimizer(config: Mapping[str, Any], steps: int):
     """The optax transformation of an `optimizer` section for a run of `steps`."""
     from ldm_jax.training.state import learning_rate, optimizer
@@ -80,6 +87,17 @@ def build_optimizer(config: Mapping[str, Any], steps: int):
     rate = learning_rate(section.pop("learning_rate"), steps=steps, warmup_steps=section.pop("warmup_steps"), decay=section.pop("decay"))
     name = section.pop("name")
     return optimizer(name, rate, clip_norm=section.pop("clip_norm"), **dict(section.get(name) or {}))
+
+
+def cifar10_or_shapes() -> dict:
+    """The choice of data for smoke runs: CIFAR-10 where a prepared copy is found (where TFDS keeps its data, or in
+    ../shared/data/tfds beside a checkout), otherwise drawn shapes of the same size and number of classes."""
+    from ldm_jax.data.records import data_dirs, find
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "..", "shared", "data", "tfds")
+    for directory in (None, os.path.normpath(beside)):
+        if find("cifar10", data_dirs(directory)):
+            return dict(name="tfds", tfds=dict(name="cifar10", data_dir=directory))
+    return dict(name="shapes", shapes=dict(size=32))
 
 
 FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "sampler", "eval", "mesh", "data.tfds.data_dir",

@@ -34,11 +34,14 @@ def train(config: Config, workdir: str) -> api.Pipeline:
       UserError: see `training.loop.train`; a workdir that another config began, or that cannot be written.
     """
     system = recipe.build_system(config)
+    if "sampler" in config:
+        recipe.build_sampler(config["sampler"])
     section = dict(config["train"])
     steps = section.pop("steps")
     tx = recipe.build_optimizer(config["optimizer"], steps)
     mesh = make_mesh(**config["mesh"])
     source = recipe.build_source(config["data"], "train")
+    say(f"data: {source.name}, {source.size} images")
     adopt(workdir, config)  # after all that a mistake in the config can fail in, so that a workdir is not left with it
     options = dict(batch_size=section["batch_size"], seed=config["seed"], flip=config["data"]["flip"])
     state = train_loop(

@@ -1,6 +1,8 @@
-"""Shared test settings: the repository root on the path, and eight virtual CPU devices for the sharding tests."""
+"""Shared test settings: the repository root on the path, eight virtual CPU devices, and no skips where none are allowed."""
 import os
 import sys
+
+import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -9,3 +11,20 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _no_skips(report):
+    """With LDM_JAX_NO_SKIPS set, what skips for want of a package fails instead."""
+    if report.skipped and os.environ.get("LDM_JAX_NO_SKIPS") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where everything should be installed: {report.longrepr}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    _no_skips((yield).get_result())
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    _no_skips((yield).get_result())

@@ -72,3 +72,39 @@ def point_mass(x) -> Mixture:
 GAUSSIAN = gaussian([0.7, -0.4], [[0.5, 0.2], [0.2, 0.3]])
 MIXTURE = Mixture(np.array([0.3, 0.5, 0.2]), np.array([[1.5, 0.0], [-0.8, 1.0], [0.0, -1.2]]),
                   np.array([[[0.10, 0.03], [0.03, 0.20]], [[0.15, -0.05], [-0.05, 0.08]], [[0.05, 0.0], [0.0, 0.05]]]))
+
+
+def side_by_side(schedules):
+    """One schedule whose example i, on the last axis of t, follows schedules[i]: many schedules in one compilation."""
+    def pick(name):
+        def f(t):
+            t = jnp.broadcast_to(t, jnp.broadcast_shapes(jnp.shape(t), (len(schedules),)))
+            return jnp.stack([getattr(s, name)(t[..., i]) for i, s in enumerate(schedules)], -1)
+        return f
+
+    return dataclasses.replace(schedules[0], name="side_by_side", timesteps=None, **{name: pick(name) for name in (
+        "alpha", "sigma", "logsnr", "t_of_logsnr")})
+
+
+def ode_solution(mixture, y, lam_from, lam_to, steps=2000):
+    """x / alpha after the probability-flow ODE from lambda = log(alpha / sigma) = lam_from to lam_to, starting from y [B, D].
+
+    d y / d log(tau) = y - E[x0 | y, tau], tau = exp(-lambda), by the classical Runge-Kutta method; the same for every schedule.
+    """
+    class VE:
+        alpha, sigma = staticmethod(jnp.ones_like), staticmethod(jnp.exp)  # of log tau
+
+    denoise = mixture.denoiser(VE)
+    h = (lam_from - lam_to) / steps
+
+    def f(y, u):
+        return y - denoise(y, jnp.full(y.shape[:1], u, y.dtype))
+
+    def step(y, i):
+        u = -lam_from + i * h
+        k1 = f(y, u)
+        k2 = f(y + h / 2 * k1, u + h / 2)
+        k3 = f(y + h / 2 * k2, u + h / 2)
+        return y + h / 6 * (k1 + 2 * k2 + 2 * k3 + f(y + h * k3, u + h)), None
+
+    return jax.lax.scan(step, y, jnp.arange(steps))[0]

@@ -24,7 +24,7 @@ class Source:
 
 
 def cached(source: Source, limit: int = CACHE_BYTES) -> Source:
-    """The source with every example kept in one uint8 array once it has been read; as it is where that would pass `limit` bytes.
+    """The source with every example kept in one uint8 array once it has been read; as it is where that would pass `limit`.
 
     Nothing is read ahead: the first epoch pays for decoding and later ones copy rows. The array belongs to the process,
     so each worker process of a pipeline fills its own.
@@ -66,7 +66,7 @@ def in_memory(name: str, image: np.ndarray, label: np.ndarray, class_names: Sequ
 
 
 def square(image, size: int):
-    """A PIL image scaled (bicubic, with the filter widened when shrinking) until its shorter side is `size`, then centre-cropped."""
+    """A PIL image scaled until its shorter side is `size` (bicubic, the filter widened when shrinking), then centre-cropped."""
     from PIL import Image
 
     width, height = image.size

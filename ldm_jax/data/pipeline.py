@@ -3,14 +3,19 @@
 The order is one endless stream of examples: epoch e is a permutation of the whole source drawn from (seed, e), and
 batch k is the examples at positions k B ... (k + 1) B - 1 of that stream, so an epoch need not end with a batch and every
 example comes exactly once per epoch. Process p of P reads the p-th part of B / P examples of each batch. Batch k is
-therefore a function of (seed, k, B) alone: the same examples, in the same order and mirrored alike, whatever the number of processes.
+therefore a function of (seed, k, B) alone: the same examples, in the same order and mirrored alike, on any number of
+processes.
 """
-from typing import Any, Dict, Mapping, Optional
+import atexit
+import weakref
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional
 
 import numpy as np
 
 from ldm_jax.data.base import Source
 from ldm_jax.types import UserError
+
+_OPEN = weakref.WeakSet()
 
 READ_AHEAD = 4  # batches decoded before they are asked for
 PLACED_AHEAD = 2  # batches already on the devices
@@ -19,12 +24,13 @@ PLACED_AHEAD = 2  # batches already on the devices
 class Batches:
     """An endless iterator over dicts of arrays: "image" uint8 [B, H, W, C] and, for a labelled source, "class" int32 [B].
 
-    Its state is the index of the next batch. Call close() (or use it as a context manager) when done: device arrays
-    still queued when the interpreter ends can abort the process.
+    Its state is the index of the next batch. Call close() (or use it as a context manager) when done, to free the batches
+    read ahead.
     """
 
-    def __init__(self, make, start: int):
+    def __init__(self, make: Callable[[int], Iterable[Mapping[str, Any]]], start: int):
         self._make, self._it, self._next = make, None, start
+        _OPEN.add(self)
 
     def __iter__(self) -> "Batches":
         return self
@@ -64,6 +70,13 @@ class Batches:
         self.close()
 
 
+@atexit.register
+def _close_all() -> None:
+    """Device arrays still queued in a reading thread when the interpreter goes down can abort the process."""
+    for it in list(_OPEN):
+        it.close()
+
+
 def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[Any] = None, process_index: int = 0,
             process_count: int = 1, flip: bool = False, start: int = 0, num_workers: int = 0) -> Batches:
     """Batch start, start + 1, ... of the source, without end.
@@ -86,6 +99,8 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
         raise UserError(f"process_index {process_index} must be in 0..{process_count - 1}")
     if not 0 <= seed < 2**32:
         raise UserError(f"data seed {seed} must be in 0..{2**32 - 1}")
+    if start < 0:
+        raise UserError(f"start {start} must be the index of a batch, 0 or more")
     if source.size < 1:
         raise UserError(f"data source {source.name!r} has no images")
     share = batch_size // process_count
@@ -111,6 +126,10 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
         parts = order.batch(share, drop_remainder=True)[process_index::process_count].map_with_index(read)
         stream = parts[first:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
         if num_workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own here, which outside app.run nobody has parsed
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
         if sharding is not None:
             stream = stream.map(place)

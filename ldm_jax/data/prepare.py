@@ -10,24 +10,27 @@ Every file fetched or handed in is compared with the SHA-256 that TFDS registers
 one rename, after everything has been written, so a preparation that was killed leaves nothing that looks prepared.
 """
 import argparse
+import contextlib
 import dataclasses
-import functools
 import gzip
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, Iterator, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
 from ldm_jax.data.records import data_dirs, find
 from ldm_jax.types import UserError, lookup
+
+Examples = Iterator[Tuple[int, Mapping[str, Any]]]  # key and features
 
 CONNECT_S, READ_S = 10, 30  # how long a server may take to answer, and to send the next bytes
 
@@ -46,14 +49,14 @@ def _png(image: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _cifar_examples(builder: Any, split_prefix: str, filepaths: Iterator[str]) -> Iterator[Tuple[int, Mapping[str, Any]]]:
+def _cifar_examples(builder: Any, split_prefix: str, filepaths: Iterator[str]) -> Examples:
     """Records of the CIFAR binary files: one byte per label, then 3 x 32 x 32 bytes, channel by channel."""
     keys = builder._cifar_info.label_keys
     index = 0
     for path in filepaths:
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         if not len(data) or len(data) % (len(keys) + 3072):
-            raise UserError(f"{Path(path).name} has {len(data)} bytes, which is no whole number of records of {len(keys) + 3072}")
+            raise UserError(f"{Path(path).name} has {len(data)} bytes, no whole number of records of {len(keys) + 3072}")
         for row in data.reshape(-1, len(keys) + 3072):
             image = row[len(keys):].reshape(3, 32, 32).transpose(1, 2, 0)
             yield index, {**dict(zip(keys, map(int, row))), "id": f"{split_prefix}{index:05d}", "image": _png(image)}
@@ -70,7 +73,7 @@ def _idx(path: Union[str, Path]) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-def _mnist_examples(builder: Any, num_examples: int, data_path: str, label_path: str) -> Iterator[Tuple[int, Mapping[str, Any]]]:
+def _mnist_examples(builder: Any, num_examples: int, data_path: str, label_path: str) -> Examples:
     """Records of a pair of IDX files, images [n, 28, 28] and labels [n]. (How many they hold, their checksums settle.)"""
     images, labels = _idx(data_path), _idx(label_path)
     if images.shape != (len(labels), 28, 28):
@@ -90,11 +93,12 @@ def registered(name: str) -> Mapping[str, str]:
     return {url: info.checksum for url, info in tfds_lib.builder_cls(name).url_infos.items()}
 
 
-def _check(path: Path, url: str, checksum: str) -> Path:
+def _check(path: Path, checksum: str, what: str) -> Path:
     with open(path, "rb") as f:
         actual = hashlib.file_digest(f, "sha256").hexdigest()
     if actual != checksum:
-        raise UserError(f"{path} is incomplete or another file: its SHA-256 is {actual[:16]}..., that of {url} is {checksum[:16]}...")
+        raise UserError(f"{what} is incomplete or another file: its SHA-256 is {actual[:16]}..., "
+                        f"that of the official file {checksum[:16]}...")
     return path
 
 
@@ -113,61 +117,66 @@ def _download(url: str, to: Path, checksum: str) -> Path:
                 for block in response.iter_content(2**18):
                     f.write(block)
                     bar.update(len(block))
-        _check(Path(part), url, checksum)
+        _check(Path(part), checksum, f"what {url} gave")
         os.replace(part, to)
     finally:
         Path(part).unlink(missing_ok=True)
     return to
 
 
-def _obtain(name: str, url: str, root: Path, archive: Optional[Path]) -> Path:
-    """The official file of that URL, checked: from `archive` where one is given, else downloaded, or kept from an earlier try."""
-    file, checksum = url.rsplit("/", 1)[1], registered(name)[url]
-    if archive:
-        path = archive / file if archive.is_dir() else archive
-        if not path.is_file():
-            raise UserError(f"no file {path}; give the directory that holds {file}, fetched from {url}")
-        return _check(path, url, checksum)
-    kept = root / "downloads" / name / file
-    if kept.is_file():
-        try:
-            return _check(kept, url, checksum)
-        except UserError:
-            pass  # of an earlier version, or damaged since: fetch it again
+def _download_all(name: str, root: Path) -> Mapping[str, Path]:
+    """URL -> file under root/downloads/name, checked; those of an earlier try are kept."""
     import requests
 
-    try:
-        return _download(url, kept, checksum)
-    except requests.RequestException as e:
-        reason = f"{type(e).__name__}: {_root_cause(e)}"
-        raise UserError(f"{url} could not be downloaded ({reason})\nwhere there is a network fetch {file}, then run: "
-                        f"{command(name, root, 'FILE_OR_DIRECTORY')}") from e
+    checksums, files = registered(name), {}
+    for url, checksum in checksums.items():
+        to = root / "downloads" / name / _file_name(url)
+        with contextlib.suppress(OSError, UserError):  # not there, or of another version
+            files[url] = _check(to, checksum, str(to))
+            continue
+        try:
+            files[url] = _download(url, to, checksum)
+        except requests.RequestException as e:
+            errno = re.findall(r"\[Errno -?\d+\] [^'\")]*", str(e))
+            reason = errno[-1] if errno else str(e) if isinstance(e, requests.HTTPError) else type(e).__name__
+            raise UserError(f"{url} could not be downloaded ({reason})\nwhere there is a network fetch "
+                            f"{', '.join(map(_file_name, checksums))}, then run: "
+                            f"{command(name, root, 'FILE_OR_DIRECTORY')}") from e
+    return files
 
 
-def _root_cause(e: BaseException) -> str:
-    """The last words of the innermost of nested network errors, on one line."""
-    while e.args and isinstance(getattr(e.args[0], "reason", e.args[0]), BaseException):
-        e = getattr(e.args[0], "reason", e.args[0])
-    return str(e).splitlines()[0].rsplit(">: ")[-1][:160] if str(e) else type(e).__name__
+def _find_all(name: str, archive: Path) -> Mapping[str, Path]:
+    """URL -> file at or in `archive`, checked."""
+    checksums = registered(name)
+    alone = archive.is_file() and len(checksums) == 1
+    files = {url: archive if alone else archive / _file_name(url) for url in checksums}
+    for url, path in files.items():
+        if not path.is_file():
+            raise UserError(f"no file {path}; the archive given must be, or be the directory of, the official file from {url}")
+    return {url: _check(path, checksums[url], str(path)) for url, path in files.items()}
+
+
+def _file_name(url: str) -> str:
+    return url.rsplit("/", 1)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
     """What the official builders ask for their files: download_and_extract(URL, or names -> URLs) -> paths alike."""
-    obtain: Callable[[str], Path]
+    paths: Mapping[str, Path]
     scratch: Path
 
     def download_and_extract(self, urls):
         if isinstance(urls, Mapping):
             return {key: self.download_and_extract(url) for key, url in urls.items()}
-        path = self.obtain(urls)
+        path = self.paths[urls]
         if not urls.endswith(".tar.gz"):
             return str(path)  # gzipped files are read as they are
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, "r:gz") as tar:
                 tar.extractall(self.scratch, filter="data")
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise UserError(f"{path} cannot be unpacked: {e}") from e
+            raise UserError(f"{path} cannot be unpacked: {str(e).splitlines()[0]}") from e
         return str(self.scratch)
 
 
@@ -195,26 +204,25 @@ def prepare(name: str, data_dir: Union[None, str, Path] = None, *, archive: Unio
       archive: the official file, or the directory that holds the official files, fetched by hand. None: download them.
 
     Raises:
-      UserError: a name that is not in OFFICIAL, a file that is missing or is not the official one, a directory that cannot be written.
+      UserError: a name that is not in OFFICIAL, a file that is missing or not the official one, a directory that cannot
+        be written.
     """
     lookup(OFFICIAL, name, "data set to prepare")
     root = data_dirs(data_dir)[-1]
     found = find(name, [root])
     if found:
         return found
-    archive = Path(archive).expanduser() if archive else None
-    if archive and not archive.exists():
-        raise UserError(f"no file or directory {archive}; it must be or hold the official files of {name}: "
-                        + ", ".join(url for url in registered(name)))
     try:
+        paths = _find_all(name, Path(archive).expanduser()) if archive else _download_all(name, root)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"preparing.{name}.", dir=root) as scratch:
-            files = _Files(functools.partial(_obtain, name, root=root, archive=archive), Path(scratch))
-            _builder(name, files, root).download_and_prepare(download_dir=scratch)
+            with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself on stdout
+                _builder(name, _Files(paths, Path(scratch)), root).download_and_prepare(download_dir=scratch)
     except OSError as e:
         if not find(name, [root]):  # where another process finished first, its result is as good
             raise UserError(f"cannot prepare {name} in {root}: {e}; free space there or choose another --data_dir") from e
-    shutil.rmtree(root / "downloads" / name, ignore_errors=True)
+    if not archive:
+        shutil.rmtree(root / "downloads" / name, ignore_errors=True)
     return find(name, [root])
 
 

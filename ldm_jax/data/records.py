@@ -72,7 +72,7 @@ def _prepare(name: str, dirs: Sequence[Path], download: bool) -> Path:
                         f"tfds build {name} --file_format=array_record --data_dir={dirs[-1]}")
     near = difflib.get_close_matches(base, known, 3)
     raise UserError(f"unknown data set {name!r}: it is not in {looked}, and TFDS has none of that name\n"
-                    + (f"did you mean: {', '.join(near)}?" if near else "see https://www.tensorflow.org/datasets/catalog for names"))
+                    + (f"did you mean: {', '.join(near)}?" if near else "names: https://www.tensorflow.org/datasets/catalog"))
 
 
 def _decode_pillow(data: bytes, mode: str) -> np.ndarray:
@@ -84,7 +84,7 @@ def _decode_pillow(data: bytes, mode: str) -> np.ndarray:
 
 
 def _decoder(channels: int) -> Callable[[bytes], np.ndarray]:
-    """encoded image -> uint8 [H, W, channels], by OpenCV where it is installed and else by Pillow: the same pixels, at different speeds."""
+    """encoded image -> uint8 [H, W, channels], by OpenCV where it is installed and else, more slowly, by Pillow."""
     try:
         import cv2
     except ImportError:
@@ -117,12 +117,14 @@ def tfds(split: str = "train", *, name: str, data_dir: DataDir = None, image_siz
     """
     import tensorflow_datasets as tfds_lib
 
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size {image_size} must be positive")
     dirs = data_dirs(data_dir)
     path = find(name, dirs) or _prepare(name, dirs, download)
 
     def damaged(e: Exception) -> UserError:
-        return UserError(f"the data set in {path} is damaged: {str(e).strip().splitlines()[0][:200]}\n"
-                         f"remove that directory and prepare {name} again")
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        return UserError(f"the data set in {path} is damaged: {reason}\nremove that directory and prepare {name} again")
 
     try:
         builder = tfds_lib.builder_from_directory(path)
@@ -131,12 +133,13 @@ def tfds(split: str = "train", *, name: str, data_dir: DataDir = None, image_siz
     except Exception as e:  # the library raises whatever its parsers raise
         raise damaged(e) from e
     if "array_record" not in str(info.file_format.value):
-        raise UserError(f"{path} holds {info.file_format.value} files, which need TensorFlow\nconvert them where it is installed: "
+        raise UserError(f"{path} holds {info.file_format.value} files, which need TensorFlow\nconvert them where that is: "
                         f"tfds convert_format --dataset_dir={path} --out_file_format=array_record --out_path=DIR")
     try:
         size = splits[split].num_examples
     except Exception as e:
-        raise UserError(f"unknown split {split!r} of {name}; choose from: {', '.join(splits)}, or a part such as 'train[:90%]'") from e
+        raise UserError(f"unknown split {split!r} of {name}; choose from: {', '.join(splits)}, "
+                        f"or a part such as 'train[:90%]'") from e
     if not size:
         raise UserError(f"split {split!r} of {name} in {path} is empty")
 
@@ -152,7 +155,7 @@ def tfds(split: str = "train", *, name: str, data_dir: DataDir = None, image_siz
 
     try:
         records = builder.as_data_source(split, decoders={image_key: tfds_lib.decode.SkipDecoding()})
-        records.__getitems__(sorted({0, size - 1}))  # opens every file of the split's ends, so that damage shows now
+        records.__getitems__(sorted({0, size - 1}))  # opens the first and the last file, so that most damage shows now
     except Exception as e:
         raise damaged(e) from e
 
@@ -160,8 +163,10 @@ def tfds(split: str = "train", *, name: str, data_dir: DataDir = None, image_siz
 
     def picture(data: bytes) -> np.ndarray:
         image = decode(data)
+        if image_size and image.shape != shape:
+            image = _fit(image, image_size)
         if image.shape != shape:
-            image = _fit(image, shape[0])
+            raise ValueError(f"an image of shape {image.shape} among those of {shape}")
         return image
 
     def read(ids):

@@ -37,7 +37,7 @@ def digits(split: str = "train") -> Source:
     return in_memory("digits", image[chosen], data.target[chosen], [str(c) for c in range(10)])
 
 
-# |u| and |v| up to 1 span the shape; each row gives how far inside (positive) or outside (negative) the point (u, v) is, v downwards
+# each row gives how far inside (positive) or outside (negative) a shape within |u|, |v| <= 1 the point (u, v) is, v downwards
 _SHAPES = {
     "disc": lambda u, v: 1 - np.hypot(u, v),
     "square": lambda u, v: 0.85 - np.maximum(abs(u), abs(v)),
@@ -83,8 +83,9 @@ def shapes(split: str = "train", *, size: int = 32, count: int = 4096, seed: int
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def folder(split: str = "train", *, path: str, image_size: int, channels: int = 3, held_out: float = 0.1, cache: bool = True) -> Source:
-    """A directory of images: each subdirectory is a class, numbered in the order of their names; without subdirectories, no classes.
+def folder(split: str = "train", *, path: str, image_size: int, channels: int = 3, held_out: float = 0.1,
+           cache: bool = True) -> Source:
+    """A directory of images: each subdirectory is a class, in the order of their names; without subdirectories, no classes.
 
     Images are scaled and centre-cropped to image_size x image_size. The test split is a fixed fraction of the files, near
     `held_out`: those whose path within the directory has crc32 / 2^32 < held_out. So a file keeps its split when others
@@ -110,7 +111,8 @@ def folder(split: str = "train", *, path: str, image_size: int, channels: int = 
         raise UserError(f"{root} has both class directories and loose images such as {loose[0]}; move the images into a class")
     chosen = [f for f in files if (zlib.crc32(f.as_posix().encode()) < held_out * 2**32) == (split == "test")]
     if not chosen:
-        raise UserError(f"none of the {len(files)} images in {root} falls into the {split} split; change held_out, now {held_out}")
+        raise UserError(f"none of the {len(files)} images in {root} falls into the {split} split; "
+                        f"change held_out, now {held_out}")
     label = np.array([names.index(f.parts[0]) for f in chosen], np.int32) if names else None
 
     def picture(file: Path) -> np.ndarray:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models import layers
+from ldm_jax.models.init import fan_avg, initialise
 from ldm_jax.models.layers import AttentionBlock, GroupNorm, ResBlock, conv, dense
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
@@ -90,8 +91,8 @@ class KL(nn.Module):
         self.encoder = Encoder(2 * self.latent_channels, **options)
         self.decoder = Decoder(self.image_channels, **options)
         if self.quant:
-            self.quant_in = nn.Dense(2 * self.latent_channels, dtype=self.dtype, kernel_init=layers.fan_avg)
-            self.quant_out = nn.Dense(self.latent_channels, dtype=self.dtype, kernel_init=layers.fan_avg)
+            self.quant_in = nn.Dense(2 * self.latent_channels, dtype=self.dtype, kernel_init=fan_avg)
+            self.quant_out = nn.Dense(self.latent_channels, dtype=self.dtype, kernel_init=fan_avg)
 
     def encode(self, x: Array, train: bool = False) -> Array:
         h = self.encoder(x, train)
@@ -151,7 +152,7 @@ class Autoencoder:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(autoencoder: Autoencoder, key: Array) -> PyTree:
     x = jax.ShapeDtypeStruct((1, *autoencoder.image_shape), jnp.float32)
-    return autoencoder.module.lazy_init(key, x)["params"]
+    return initialise(autoencoder.module, key, x)
 
 
 def check_divisible(H: int, W: int, factor: int) -> None:

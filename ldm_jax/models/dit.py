@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.models import layers
+from ldm_jax.models.init import small, zeros
 from ldm_jax.models.layers import LayerNorm, RMSNorm, attention, dense, heads_of
 from ldm_jax.models.net import Net
 from ldm_jax.types import Array, Cond, UserError, lookup
@@ -25,8 +26,6 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable,
          "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-glorot = nn.initializers.xavier_uniform()
-normal = nn.initializers.normal(0.02)
 
 
 def sincos_positions(rows: int, cols: int, dim: int) -> np.ndarray:
@@ -73,28 +72,28 @@ class Block(nn.Module):
     def __call__(self, x: Array, c: Array, train: bool = False):
         B, S, D = x.shape
         norm = lambda name: NORMS[self.norm](1e-6, affine=False, dtype=self.dtype, name=name)
-        modulation = dense(6 * D, "modulation", self.dtype, init=layers.zeros)(c)[:, None]
+        modulation = dense(6 * D, "modulation", self.dtype, init=zeros)(c)[:, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, -1)
 
         h = norm("norm_1")(x) * (1 + scale_1) + shift_1
-        q, k, v = (dense(D, n, self.dtype, init=glorot)(h).reshape(B, S, self.num_heads, -1) for n in ("q", "k", "v"))
+        q, k, v = (dense(D, n, self.dtype)(h).reshape(B, S, self.num_heads, -1) for n in ("q", "k", "v"))
         if self.qk_norm:
             q, k = (RMSNorm(dtype=self.dtype, name=n)(a) for n, a in (("q_norm", q), ("k_norm", k)))
         if self.rotary:
             angles = rotary_angles(*self.grid, q.shape[-1], self.registers)
             q, k = rotate(q, angles), rotate(k, angles)
-        h = dense(D, "out", self.dtype, init=glorot)(attention(q, k, v, impl=self.impl).reshape(B, S, D))
+        h = dense(D, "out", self.dtype)(attention(q, k, v, impl=self.impl).reshape(B, S, D))
         x = x + gate_1 * h
 
         h = norm("norm_2")(x) * (1 + scale_2) + shift_2
-        h = dense(self.mlp_width * (2 if self.swiglu else 1), "mlp_in", self.dtype, init=glorot)(h)
+        h = dense(self.mlp_width * (2 if self.swiglu else 1), "mlp_in", self.dtype)(h)
         if self.swiglu:
             value, gate = jnp.split(h, 2, -1)
             h = value * nn.silu(gate)
         else:
             h = nn.gelu(h, approximate=True)
         h = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(h)
-        return x + gate_2 * dense(D, "mlp_out", self.dtype, init=glorot)(h), None
+        return x + gate_2 * dense(D, "mlp_out", self.dtype)(h), None
 
 
 class DiT(nn.Module):
@@ -118,20 +117,20 @@ class DiT(nn.Module):
         (B, H, W, C), p, D = x.shape, self.patch, self.width
         rows, cols = H // p, W // p
         x = x.reshape(B, rows, p, cols, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(B, rows * cols, p * p * C)
-        x = dense(D, "patch_in", self.dtype, init=glorot)(x.astype(self.dtype))
+        x = dense(D, "patch_in", self.dtype)(x.astype(self.dtype))
         x = x + jnp.asarray(sincos_positions(rows, cols, D), self.dtype)[None]
 
         emb = layers.timestep_embedding(time, 256).astype(self.dtype)
-        c = dense(D, "time_2", self.dtype, init=normal)(nn.silu(dense(D, "time_1", self.dtype, init=normal)(emb)))
+        c = dense(D, "time_2", self.dtype, init=small)(nn.silu(dense(D, "time_1", self.dtype, init=small)(emb)))
         if self.num_classes:
-            c = c + nn.Embed(self.num_classes + 1, D, dtype=self.dtype, embedding_init=normal, name="class")(cond["class"])
+            c = c + nn.Embed(self.num_classes + 1, D, dtype=self.dtype, embedding_init=small, name="class")(cond["class"])
         if self.vector:
-            vector = dense(D, "vector_1", self.dtype, init=normal)(cond["vector"].astype(self.dtype))
-            c = c + dense(D, "vector_2", self.dtype, init=normal)(nn.silu(vector))
+            vector = dense(D, "vector_1", self.dtype, init=small)(cond["vector"].astype(self.dtype))
+            c = c + dense(D, "vector_2", self.dtype, init=small)(nn.silu(vector))
         c = nn.silu(c)
 
         if self.registers:
-            tokens = self.param("registers", normal, (self.registers, D)).astype(self.dtype)
+            tokens = self.param("registers", small, (self.registers, D)).astype(self.dtype)
             x = jnp.concatenate([jnp.broadcast_to(tokens[None], (B, self.registers, D)), x], 1)
         Layer = Block
         if self.remat != "none":
@@ -145,9 +144,9 @@ class DiT(nn.Module):
                 x, _ = Layer(**dict(self.block), name=f"block_{i}")(x, c, train)
         x = x[:, self.registers:]
 
-        shift, scale = jnp.split(dense(2 * D, "modulation_out", self.dtype, init=layers.zeros)(c)[:, None], 2, -1)
+        shift, scale = jnp.split(dense(2 * D, "modulation_out", self.dtype, init=zeros)(c)[:, None], 2, -1)
         x = NORMS[dict(self.block)["norm"]](1e-6, affine=False, dtype=self.dtype, name="norm_out")(x) * (1 + scale) + shift
-        x = dense(p * p * self.out_channels, "patch_out", self.dtype, init=layers.zeros)(x)
+        x = dense(p * p * self.out_channels, "patch_out", self.dtype, init=zeros)(x)
         x = x.reshape(B, rows, cols, p, p, self.out_channels).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(B, H, W, self.out_channels)
 

@@ -1,4 +1,4 @@
-"""Pieces that several networks share: initialisers, norms, time embedding, attention, resampling, the residual block.
+"""Pieces that several networks share: norms, time embedding, attention, resampling, the residual block.
 
 Activations are [B, H, W, C] or [B, S, C] in the network's compute dtype; parameters are float32; norms and softmax are computed
 in float32. Submodules carry explicit names, which are the names of the parameter tree.
@@ -10,10 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.models.init import fan_avg, ones, zeros
 from ldm_jax.types import Array, UserError, lookup
-
-fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")  # Glorot & Bengio 2010; DDPM's
-zeros = nn.initializers.zeros_init()
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -61,7 +59,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Array, scale_shift=None) -> Array:  # [B, ..., C]
         C = x.shape[-1]
         G = num_groups(C, self.groups)
-        scale = self.param("scale", nn.initializers.ones_init(), (C,))[None]
+        scale = self.param("scale", ones, (C,))[None]
         bias = self.param("bias", zeros, (C,))[None]
         h = x.reshape(x.shape[0], -1, G, C // G).astype(jnp.float32)
         mean = jnp.mean(h, (1, 3), keepdims=True)
@@ -87,7 +85,7 @@ class LayerNorm(nn.Module):
         h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + self.eps)
         if self.affine:
             shape = (1,) * (x.ndim - 1) + (-1,)
-            h = h * self.param("scale", nn.initializers.ones_init(), x.shape[-1:]).reshape(shape)
+            h = h * self.param("scale", ones, x.shape[-1:]).reshape(shape)
             h = h + self.param("bias", zeros, x.shape[-1:]).reshape(shape)
         return h.astype(self.dtype)
 
@@ -103,7 +101,7 @@ class RMSNorm(nn.Module):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + self.eps)
         if self.affine:
-            h = h * self.param("scale", nn.initializers.ones_init(), x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
+            h = h * self.param("scale", ones, x.shape[-1:]).reshape((1,) * (x.ndim - 1) + (-1,))
         return h.astype(self.dtype)
 
 

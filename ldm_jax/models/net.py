@@ -6,6 +6,7 @@ from typing import Any, Mapping, Optional, Tuple
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.models.init import initialise
 from ldm_jax.types import Array, Cond, PyTree, UserError
 
 
@@ -90,4 +91,4 @@ def _init(net: Net, key: Array) -> PyTree:
     if net.concat_channels:
         cond["concat"] = spec((1, *net.image_shape[:2], net.concat_channels), jnp.float32)
     x_t, time = spec((1, *net.image_shape), jnp.float32), spec((1,), jnp.float32)
-    return net.module.lazy_init(key, x_t, time, cond)["params"]
+    return initialise(net.module, key, x_t, time, cond)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models import layers
+from ldm_jax.models.init import unit, zeros
 from ldm_jax.models.layers import AttentionBlock, GroupNorm, LayerNorm, ResBlock, attention, conv, dense, heads_of
 from ldm_jax.models.net import Net
 from ldm_jax.types import Array, Cond, UserError, lookup
@@ -65,7 +66,7 @@ class SpatialTransformer(nn.Module):
         h = dense(C, "project_in", self.dtype)(h)
         for i in range(self.depth):
             h = TransformerBlock(self.num_heads, self.impl, self.dtype, name=f"block_{i}")(h, context, mask)
-        return x + dense(C, "project_out", self.dtype, init=layers.zeros)(h).reshape(x.shape)
+        return x + dense(C, "project_out", self.dtype, init=zeros)(h).reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -97,7 +98,7 @@ class UNet(nn.Module):
         emb = dense(E, "time_2", self.dtype)(nn.silu(dense(E, "time_1", self.dtype)(emb)))
         if self.num_classes:
             emb = emb + nn.Embed(self.num_classes + 1, E, dtype=self.dtype, name="class",
-                                 embedding_init=nn.initializers.normal(1.0))(cond["class"])
+                                 embedding_init=unit)(cond["class"])
         if self.vector:
             vector = dense(E, "vector_1", self.dtype)(cond["vector"].astype(self.dtype))
             emb = emb + dense(E, "vector_2", self.dtype)(nn.silu(vector))
@@ -153,7 +154,7 @@ class UNet(nn.Module):
                 else:
                     h = conv(h.shape[-1], f"up_{i}_resample", self.dtype)(layers.upsample(h))
         h = nn.silu(GroupNorm(self.eps, self.groups, self.dtype, name="norm_out")(h))
-        return conv(self.out_channels, "conv_out", self.dtype, init=layers.zeros)(h)
+        return conv(self.out_channels, "conv_out", self.dtype, init=zeros)(h)
 
 
 def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_channels: Optional[int] = None, *, width: int = 128,
@@ -223,3 +224,19 @@ def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chan
         dtype=layers.compute_dtype(dtype))
     return Net(module, image_shape, out_channels or C, time_scale, timesteps, num_classes, context_dim, vector_dim, concat_channels,
                dropout > 0)
+
+
+# Published networks as arguments of `unet`: all but ADM's class table, which has no null class there.
+_ADM = dict(head_width=64, resample="block", scale_shift=True, time_order="cos_sin", out_channels=6, num_classes=1000, timesteps=1000)
+_SD = dict(image_shape=(64, 64, 4), width=320, num_heads=8, resample="conv_centred", time_order="cos_sin", timesteps=1000)
+UNETS = {
+    "ddpm_cifar": dict(image_shape=(32, 32, 3), dropout=0.1, timesteps=1000, norm_eps=1e-6),
+    "adm_64": dict(_ADM, image_shape=(64, 64, 3), width=192, mults=(1, 2, 3, 4), num_res_blocks=3, attention=(32, 16, 8), dropout=0.1),
+    "adm_128": dict(_ADM, image_shape=(128, 128, 3), width=256, mults=(1, 1, 2, 3, 4), attention=(32, 16, 8), num_heads=4,
+                    head_width=None),
+    "adm_256": dict(_ADM, image_shape=(256, 256, 3), width=256, mults=(1, 1, 2, 2, 4, 4), attention=(32, 16, 8)),
+    "sd_1": dict(_SD, mults=(1, 2, 4, 4), attention=(64, 32, 16), transformer_depth=1, context_dim=768),
+    "sd_2": dict(_SD, mults=(1, 2, 4, 4), attention=(64, 32, 16), transformer_depth=1, context_dim=1024, head_width=64),
+    "sdxl": dict(_SD, image_shape=(128, 128, 4), mults=(1, 2, 4), attention=(64, 32), transformer_depth=(0, 2, 10), context_dim=2048,
+                 head_width=64, vector_dim=2816),
+}

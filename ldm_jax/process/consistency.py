@@ -10,38 +10,35 @@ from typing import Callable, Optional, Tuple, Union
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.process.samplers import SAMPLERS, Sampler
+from ldm_jax.process.samplers import Sampler, make_sampler
 from ldm_jax.process.schedules import Schedule
+from ldm_jax.process.stepping import noise_ratio, scales
 from ldm_jax.types import Array, Denoise, UserError, expand, fold_in, lookup, normal, split_prediction, uniform
-
-
-def _tau(schedule: Schedule, t: Array) -> Array:
-    return schedule.sigma(t) / schedule.alpha(t)
 
 
 def consistency_function(predict: Callable[[Array, Array], Array], schedule: Schedule, *, t_min: float = 1e-3,
                          sigma_data: float = 0.5) -> Denoise:
-    """f = c_skip x_t / alpha + c_out predict(c_in x_t / alpha, t), which meets the boundary condition whatever `predict` says.
+    """f = c_skip x_t / alpha + c_out predict(x_t, t), which meets the boundary condition whatever `predict` says.
 
-    c_skip = d^2 / ((tau - tau_min)^2 + d^2), c_out = d (tau - tau_min) / sqrt(tau^2 + d^2), c_in = 1 / sqrt(tau^2 + d^2) with
-    d = sigma_data (Song et al. 2023, appendix C), written so that alpha = 0 is allowed.
+    c_skip = d^2 / ((tau - tau_min)^2 + d^2), c_out = d (tau - tau_min) / sqrt(tau^2 + d^2) with d = sigma_data (Song et al. 2023,
+    appendix C), written so that alpha = 0 is allowed. With tau_min = 0 this is the denoiser of `edm(sigma_data)`.
 
     Args:
-      predict: (scaled x_t [B, ...], t [B]) -> raw output shaped like x_t; its input has unit variance.
+      predict: (x_t [B, ...], t [B]) -> raw output shaped like x_t, of unit variance; `preconditioned` scales a net's input.
       t_min: the time at which f is the identity.
 
     Raises:
       UserError: when t_min leaves [0, 1) or sigma_data is not positive.
     """
     if not 0.0 <= t_min < 1.0 or sigma_data <= 0.0:
-        raise UserError(f"a consistency function needs 0 <= t_min < 1 and sigma_data > 0; got t_min={t_min}, sigma_data={sigma_data}")
+        raise UserError(f"a consistency function needs 0 <= t_min < 1 and sigma_data > 0; got t_min={t_min}, "
+                        f"sigma_data={sigma_data}")
 
     def f(x_t, t):
-        alpha, sigma = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
-        gap = jnp.maximum(sigma - alpha * _tau(schedule, jnp.float32(t_min)), 0.0)  # alpha (tau - tau_min)
-        norm = jnp.sqrt(sigma**2 + (alpha * sigma_data) ** 2)
-        skip = alpha * sigma_data**2 / (gap**2 + (alpha * sigma_data) ** 2)
-        return skip * x_t + sigma_data * gap / norm * predict(x_t / norm, t).astype(jnp.float32)
+        alpha, sigma = scales(schedule, t, x_t)
+        signal, gap = alpha * sigma_data, jnp.maximum(sigma - alpha * noise_ratio(schedule, jnp.float32(t_min)), 0.0)
+        skip, out = signal * sigma_data / (gap**2 + signal**2), sigma_data * gap / jnp.hypot(sigma, signal)
+        return skip * x_t + out * predict(x_t, t).astype(jnp.float32)
 
     return f
 
@@ -98,17 +95,17 @@ def consistency_loss(f: Denoise, target: Denoise, schedule: Schedule, x0: Array,
                      weight: Union[str, Callable] = "uniform") -> Tuple[Array, dict]:
     """w d( f(x_t, t), stop_gradient target(x_s, s) ) for neighbouring times t > s of a grid.
 
-    With a `teacher`, x_s is one step of `sampler` from x_t: consistency distillation (Song et al. 2023, eq. 7). Without, x_s has the
-    same x0 and eps as x_t: consistency training (eq. 10), which has the same gradient in the limit of a fine grid, as alpha_s x0 +
-    sigma_s eps is on average what a first-order step of the exact denoiser gives.
+    With a `teacher`, x_s is one step of `sampler` from x_t: consistency distillation (Song et al. 2023, eq. 7). Without, x_s has
+    the same x0 and eps as x_t: consistency training (eq. 10), which has the same gradient in the limit of a fine grid, as
+    alpha_s x0 + sigma_s eps is on average what a first-order step of the exact denoiser gives.
 
     Args:
       f: the consistency function of the parameters that are trained.
       target: the same of averaged parameters, or f itself (Song & Dhariwal 2023); it gets no gradient.
       x0: data [B, ...], float32.
-      times: decreasing grid [N + 1] whose last entry is f's t_min; it may repeat that at its end, so that N changes without compiling.
+      times: decreasing grid [N + 1] whose last entry is f's t_min; it may be repeated, so that N changes without compiling.
       sampler: a row of SAMPLERS without state, or a Sampler; Song et al. take Heun.
-      distance, intervals, weight: rows of DISTANCES, INTERVALS and CONSISTENCY_WEIGHTS, or functions of the same form.
+      distance, intervals, weight: rows of DISTANCES, INTERVALS, CONSISTENCY_WEIGHTS, or functions of the same form.
 
     Returns:
       loss [B] and metrics {"mse": mean squared difference [B], "t": [B], "s": [B]}.
@@ -116,7 +113,7 @@ def consistency_loss(f: Denoise, target: Denoise, schedule: Schedule, x0: Array,
     measure = lookup(DISTANCES, distance, "distance") if isinstance(distance, str) else distance
     mass = lookup(INTERVALS, intervals, "interval distribution") if isinstance(intervals, str) else intervals
     weigh = lookup(CONSISTENCY_WEIGHTS, weight, "consistency weight") if isinstance(weight, str) else weight
-    sampler = lookup(SAMPLERS, sampler, "sampler")() if isinstance(sampler, str) else sampler
+    sampler = make_sampler(sampler)
 
     cumulative = jnp.cumsum(mass(schedule, times))
     n = jnp.searchsorted(cumulative / cumulative[-1], uniform(fold_in(key, 0), x0.shape[0]))
@@ -124,17 +121,17 @@ def consistency_loss(f: Denoise, target: Denoise, schedule: Schedule, x0: Array,
     t, s = times[n], times[n + 1]
 
     eps = normal(fold_in(key, 1), x0.shape)
-    x_t, x_s = (expand(schedule.alpha(u), x0) * x0 + expand(schedule.sigma(u), x0) * eps for u in (t, s))
+    x_t, x_s = (alpha * x0 + sigma * eps for alpha, sigma in (scales(schedule, u, x0) for u in (t, s)))
     if teacher is not None:
-        x_s, _ = sampler.step(teacher, schedule, x_t, t, s, fold_in(key, 2), sampler.init(x_t))
+        x_s, _ = sampler.step(teacher, schedule, x_t, t, s, fold_in(key, 2), sampler.init(x_t, 1))
     goal = jax.lax.stop_gradient(split_prediction(target(x_s, s))[0])
     ours = split_prediction(f(x_t, t))[0]
-    loss = weigh(_tau(schedule, t), _tau(schedule, s)) * measure(ours, goal)
+    loss = weigh(noise_ratio(schedule, t), noise_ratio(schedule, s)) * measure(ours, goal)
     return loss, {"mse": _mean_square(ours, goal), "t": t, "s": s}
 
 
 def doubling_curriculum(step: Array, total: int, first: int = 10, last: int = 1280) -> Array:
-    """Number of intervals at a training step: `first`, doubled at equal spacings, `last` in the end (Song & Dhariwal 2023, section 3.4).
+    """Number of intervals at a training step: `first`, doubled again and again up to `last` (Song & Dhariwal 2023, section 3.4).
 
     first 2^floor(step / K), K = floor(total / (log2 floor(last / first) + 1)), at most `last`. int32, traced.
     """
@@ -144,13 +141,14 @@ def doubling_curriculum(step: Array, total: int, first: int = 10, last: int = 12
 
 
 def consistency_sampler(t_min: float = 1e-3) -> Sampler:
-    """x_s = alpha_s f(x_t, t) + sqrt(sigma_s^2 - (alpha_s tau_min)^2) z: jump to t_min, noise again (Song et al. 2023, algorithm 1).
+    """x_s = alpha_s f(x_t, t) + sqrt(sigma_s^2 - (alpha_s tau_min)^2) z: jump to t_min, noise again.
 
-    One step gives f(x_1, 1). The denoiser must be a consistency function with this t_min; the last step, into t = 0, adds no noise.
+    Song et al. 2023, algorithm 1. One step gives f(x_1, 1). The denoiser must be a consistency function with this t_min; the last
+    step, into t = 0, adds no noise.
     """
     def step(denoise, schedule, x, t, s, key, carry):
-        a, sigma = expand(schedule.alpha(s), x), expand(schedule.sigma(s), x)
-        noise2 = sigma**2 - (a * _tau(schedule, jnp.float32(t_min))) ** 2
-        return a * split_prediction(denoise(x, t))[0] + jnp.sqrt(jnp.maximum(noise2, 0.0)) * normal(key, x.shape), carry
+        alpha, sigma = scales(schedule, s, x)
+        variance = sigma**2 - (alpha * noise_ratio(schedule, jnp.float32(t_min))) ** 2
+        return alpha * split_prediction(denoise(x, t))[0] + jnp.sqrt(jnp.maximum(variance, 0.0)) * normal(key, x.shape), carry
 
     return Sampler(step)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.process.schedules import Schedule
-from ldm_jax.types import Array, Denoise, expand, fold_in, lookup, normal, split_prediction, uniform
+from ldm_jax.process.stepping import scales
+from ldm_jax.types import Array, Denoise, fold_in, lookup, normal, split_prediction, uniform
 
 # name -> (alpha, sigma) -> w(t) alpha / sigma, where w(t) is the weight on eps_hat - eps. The product stays finite at alpha = 0.
 DISTILLATION_WEIGHTS = {
@@ -30,12 +31,8 @@ def _draw(schedule: Schedule, x: Array, key: Array, weight: Union[str, Callable]
     weigh = lookup(DISTILLATION_WEIGHTS, weight, "distillation weight") if isinstance(weight, str) else weight
     t = schedule.on_grid(t_max - (t_max - t_min) * (1.0 - uniform(fold_in(key, 0), x.shape[0])))
     eps = normal(fold_in(key, 1), x.shape)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-
-    def noised(x):
-        return expand(alpha, x) * x + expand(sigma, x) * eps
-
-    return t, noised, expand(weigh(alpha, sigma), x)
+    alpha, sigma = scales(schedule, t, x)
+    return t, lambda x: alpha * x + sigma * eps, weigh(alpha, sigma)
 
 
 def _x0(denoise: Denoise, x_t: Array, t: Array) -> Array:
@@ -50,7 +47,7 @@ def sds_gradient(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, 
       denoise: (x_t [B, ...], t [B]) -> x0; usually guided.
       x: images or latents [B, ...], float32.
       key: one key, or one per example.
-      weight: a row of DISTILLATION_WEIGHTS, or (alpha [B], sigma [B]) -> w alpha / sigma [B].
+      weight: a row of DISTILLATION_WEIGHTS, or (alpha, sigma) -> w alpha / sigma.
       t_min, t_max: t is uniform between them; numbers or traced, so that they may be annealed.
 
     Returns:
@@ -65,8 +62,8 @@ def vsd_gradient(denoise: Denoise, own: Denoise, schedule: Schedule, x: Array, k
                  weight: Union[str, Callable] = "sigma2", t_min=0.02, t_max=0.98) -> Tuple[Array, dict]:
     """w(t) (eps_hat(x_t, t) - eps_own(x_t, t)) (Wang et al. 2023, ProlificDreamer: variational score distillation).
 
-    own: a denoiser trained on the current x with the usual loss, such as `denoise` with a low-rank addition. Where `own` knows only
-    that x is a single image, its answer is x and this is `sds_gradient`. Other arguments and the result as there.
+    own: a denoiser trained on the current x with the usual loss, such as `denoise` with a low-rank addition. Where it knows x as
+    the only image, its answer is x and this is `sds_gradient`. Other arguments and the result as there.
     """
     t, noised, scale = _draw(schedule, x, key, weight, t_min, t_max)
     x_t = noised(x)
@@ -75,7 +72,7 @@ def vsd_gradient(denoise: Denoise, own: Denoise, schedule: Schedule, x: Array, k
 
 def dds_gradient(denoise: Denoise, source_denoise: Denoise, schedule: Schedule, x: Array, source: Array, key: Array, *,
                  weight: Union[str, Callable] = "sigma2", t_min=0.02, t_max=0.98) -> Tuple[Array, dict]:
-    """w(t) (eps_hat(x_t, t) - eps_source(source_t, t)) at the same t and eps (Hertz, Aberman & Cohen-Or 2023: delta denoising score).
+    """w(t) (eps_hat(x_t, t) - eps_source(source_t, t)) at the same t and eps (Hertz et al. 2023: delta denoising score).
 
     What distillation does to the source under its own description is taken away, which leaves the edit. source: the image that is
     edited, shaped like x; source_denoise: the denoiser conditioned on its description. Other arguments and the result as in
@@ -90,7 +87,7 @@ DISTILLATIONS = {"sds": sds_gradient, "vsd": vsd_gradient, "dds": dds_gradient}
 
 
 def surrogate_loss(x: Array, gradient: Array) -> Array:
-    """[B]: a loss whose gradient with respect to x is exactly `gradient` and whose value is |gradient|^2 / 2 (sums over an example)."""
+    """[B]: a loss whose gradient with respect to x is exactly `gradient`, with the value |gradient|^2 / 2 (sums over an example)."""
     gradient = jax.lax.stop_gradient(gradient)
     axes = tuple(range(1, x.ndim))
     return jnp.sum(gradient * (x - jax.lax.stop_gradient(x)), axes) + 0.5 * jnp.sum(gradient**2, axes)

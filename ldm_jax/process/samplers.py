@@ -1,92 +1,46 @@
-"""Sampling methods. Each is a step of a few lines; one scan, `sample`, runs them all.
-
-A step goes from time t to time s < t:  step(denoise, schedule, x, t, s, key, carry) -> (x, carry), with t, s [B] and one key
-per example. Between the two times, with r = exp(logsnr_t - logsnr_s) = (alpha_t sigma_s / (alpha_s sigma_t))^2,
-
-    q(x_s | x_t, x0) = N( (alpha_t sigma_s^2) / (alpha_s sigma_t^2) x_t + alpha_s (1 - r) x0,  (1 - r) sigma_s^2 I )    (1)
-    q(x_t | x_s)     = N( alpha_t / alpha_s x_s,  (1 - r) sigma_t^2 I )                                                 (2)
-
-(Kingma et al. 2021, eqs. 20-29; Ho et al. 2020, eqs. 6-7 in the discrete case.) r stays in [0, 1] and is exact at both ends.
-"""
-from typing import Any, Callable, NamedTuple, Optional, Union
+"""The table of sampling methods, and the one scan, `sample`, that runs them all. stepping.py derives what they share."""
+import inspect
+from typing import Any, Callable, Optional, Union
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ldm_jax.process.adaptive import ode
 from ldm_jax.process.grids import GRIDS
-from ldm_jax.process.parameterizations import eps_of_x0
+from ldm_jax.process.langevin import annealed_langevin, predictor_corrector
+from ldm_jax.process.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, lms, pndm, unipc
 from ldm_jax.process.schedules import Schedule
-from ldm_jax.types import Array, Denoise, UserError, example_keys, expand, fold_in, lookup, normal, split_prediction
+from ldm_jax.process.singlestep import ddim, ddim_inversion, ddpm, dpmpp_2s, edm, euler, euler_ancestral, euler_maruyama, heun
+from ldm_jax.process.stepping import Sampler
+from ldm_jax.types import Array, Denoise, UserError, example_keys, expand, fold_in, lookup, normal
+
+# name -> (options) -> Sampler; an option that is a number may be traced.
+SAMPLERS = {
+    "ddpm": ddpm, "ddim": ddim, "ddim_inversion": ddim_inversion, "euler": euler, "heun": heun, "edm": edm,
+    "euler_ancestral": euler_ancestral, "euler_maruyama": euler_maruyama,
+    "dpmpp_2s": dpmpp_2s, "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "dpmpp_2m_sde": dpmpp_2m_sde, "dpmpp_3m_sde": dpmpp_3m_sde,
+    "unipc": unipc, "pndm": pndm, "lms": lms,
+    "annealed_langevin": annealed_langevin, "predictor_corrector": predictor_corrector, "ode": ode,
+}
 
 
-class Sampler(NamedTuple):
-    """One method.
+def make_sampler(sampler: Union[str, Sampler], **options: Any) -> Sampler:
+    """A row of SAMPLERS made with `options`; a Sampler as it is.
 
-    Attributes:
-      step: (denoise, schedule, x, t, s, key, carry) -> (x, carry).
-      init: x -> the first carry, for methods that remember earlier steps.
+    Raises:
+      UserError: for an unknown name, an option that the row does not have, or a value it does not allow.
     """
-    step: Callable
-    init: Callable[[Array], Any] = lambda x: ()
-
-
-def _coefficients(schedule: Schedule, t: Array, x: Array):
-    return expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
-
-
-def _snr_ratio(schedule: Schedule, t: Array, s: Array, x: Array) -> Array:
-    """r of equation (1), shaped to multiply x."""
-    return expand(jnp.exp(schedule.logsnr(t) - schedule.logsnr(s)), x)
-
-
-def ddpm(variance: str = "small") -> Sampler:
-    """Ancestral sampling: a draw from equation (1) with the denoiser's x0 in place of the true one.
-
-    variance: "small" is that of q(x_s | x_t, x0), "large" that of q(x_t | x_s) (Ho et al. 2020, section 3.2). The last step,
-    into t = 0, adds no noise.
-    """
-    if variance not in ("small", "large"):
-        raise UserError(f"unknown variance {variance!r} of sampler 'ddpm'; choose from: large, small")
-
-    def step(denoise, schedule, x, t, s, key, carry):
-        x0, _ = split_prediction(denoise(x, t))
-        (a_t, s_t), (a_s, s_s) = _coefficients(schedule, t, x), _coefficients(schedule, s, x)
-        r = _snr_ratio(schedule, t, s, x)
-        mean = a_t * s_s**2 / (a_s * s_t**2) * x + a_s * (1 - r) * x0
-        std = jnp.sqrt(1 - r) * (s_s if variance == "small" else jnp.where(s_s > 0, s_t, 0.0))
-        return mean + std * normal(key, x.shape), carry
-
-    return Sampler(step)
-
-
-def ddim(eta=0.0) -> Sampler:
-    """x_s = alpha_s x0 + sqrt(sigma_s^2 - tau^2) eps + tau z, tau = eta sigma_s sqrt(1 - r) (Song, Meng & Ermon 2021, eqs. 12, 16).
-
-    eta = 0 is deterministic, eta = 1 is `ddpm`; a scalar or [B], traced.
-    """
-    def step(denoise, schedule, x, t, s, key, carry):
-        x0, _ = split_prediction(denoise(x, t))
-        (a_t, s_t), (a_s, s_s) = _coefficients(schedule, t, x), _coefficients(schedule, s, x)
-        tau2 = expand(eta, x) ** 2 * (1 - _snr_ratio(schedule, t, s, x))  # in units of sigma_s^2
-        drift = jnp.sqrt(jnp.maximum(1 - tau2, 0.0)) * eps_of_x0(x0, x, a_t, s_t)
-        return a_s * x0 + s_s * (drift + jnp.sqrt(tau2) * normal(key, x.shape)), carry
-
-    return Sampler(step)
-
-
-def euler() -> Sampler:
-    """Euler on the probability-flow ODE dx/dt = alpha'(t) x0 + sigma'(t) eps; on rectified flow x_s = x_t + (s - t) (eps - x0)."""
-    def step(denoise, schedule, x, t, s, key, carry):
-        x0, _ = split_prediction(denoise(x, t))
-        alpha, d_alpha = jax.jvp(schedule.alpha, (t,), (jnp.ones_like(t),))
-        sigma, d_sigma = jax.jvp(schedule.sigma, (t,), (jnp.ones_like(t),))
-        eps = eps_of_x0(x0, x, expand(alpha, x), expand(sigma, x))
-        return x + expand(s - t, x) * (expand(d_alpha, x) * x0 + expand(d_sigma, x) * eps), carry
-
-    return Sampler(step)
-
-
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "euler": euler}
+    if not isinstance(sampler, str):
+        if options:
+            raise UserError(f"options {sorted(options)} were given with a Sampler that is made already; give them where it is made")
+        return sampler
+    row = lookup(SAMPLERS, sampler, "sampler")
+    known = inspect.signature(row).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UserError(f"sampler {sampler!r} has no option {', '.join(unknown)}; it takes: {', '.join(known) or 'none'}")
+    return row(**options)
 
 
 def prior(schedule: Schedule, key: Array, shape) -> Array:
@@ -94,39 +48,79 @@ def prior(schedule: Schedule, key: Array, shape) -> Array:
     return schedule.sigma(jnp.float32(1.0)) * normal(key, shape)
 
 
+def _capacity(steps, capacity: Optional[int]) -> int:
+    if isinstance(steps, jax.core.Tracer):
+        if capacity is None:
+            raise UserError("steps is traced, so the number of steps to make room for is unknown; give capacity, an int")
+        return capacity
+    low, high = int(np.min(steps)), int(np.max(steps))
+    if low < 1 or high > (capacity or high):
+        raise UserError(f"steps={steps} must be at least 1 and at most the capacity, {capacity or high}")
+    return capacity or high
+
+
 def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sampler: Union[str, Sampler] = "ddim", steps=50,
-           grid: Union[str, Callable] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, **options):
+           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, **options):
     """Run a sampling method from x at the grid's first time to its last, in one scan.
 
     Args:
       denoise: (x_t [B, ...], t [B]) -> x0.
       x: the start, [B, ...] float32; usually `prior(schedule, key, shape)`.
       key: one key, or one per example [B]. The noise of example i depends on its own key only.
-      sampler: a row of SAMPLERS, made with `options` (such as eta=0.5), or a Sampler.
-      steps: number of network calls; may be traced, then `capacity` must bound it and only the steps asked for are run.
-      trajectory: also return what was visited, {"x": [capacity + 1, B, ...], "t": [capacity + 1]}.
+      sampler: a row of SAMPLERS, made with `options` (such as eta=0.5), or a Sampler. One that runs upwards starts at the grid's last
+        time and ends at its first.
+      steps: number of steps, an integer or one for each example [B]; may be traced, then `capacity` must bound it and only the
+        steps asked for are run.
+      grid: a row of GRIDS, a function (schedule, steps, capacity) -> times [capacity + 1], or the times themselves, [capacity + 1] or
+        [capacity + 1, B] with its own for each example; what comes after entry `steps` is not visited.
+      trajectory: also return what was visited, {"x": [capacity + 1, B, ...], "t": [capacity + 1] or [capacity + 1, B]}.
 
     Returns:
       x at the last time, [B, ...]; with `trajectory` a pair.
+
+    Raises:
+      UserError: for unknown names, options or numbers of steps.
     """
-    if isinstance(sampler, str):
-        sampler = lookup(SAMPLERS, sampler, "sampler")(**options)
-    grid = lookup(GRIDS, grid, "grid") if isinstance(grid, str) else grid
-    capacity = capacity or int(steps)
-    times = grid(schedule, steps, capacity)
+    sampler = make_sampler(sampler, **options)
+    capacity = _capacity(steps, capacity)
+    count = jnp.asarray(steps)
+    times = _times(grid, schedule, count if count.ndim else steps, capacity)
+    times = jnp.clip(times, 0.0, 1.0)  # a grid's arithmetic, rounded differently when compiled, may end a hair below 0
+    if sampler.upwards:
+        times = _upwards(times, count)
     keys = example_keys(key, x.shape[0])
 
     def advance(i, t, s, x, carry):
         t, s = (jnp.broadcast_to(u, x.shape[:1]) for u in (t, s))
-        return sampler.step(denoise, schedule, x, t, s, fold_in(keys, i), carry)
+        moved, carry = sampler.step(denoise, schedule, x, t, s, fold_in(keys, i), carry)
+        moved = jnp.where(expand(i < count, x), moved, x) if count.ndim else moved
+        return moved.astype(x.dtype), carry
 
     def body(state, inputs):
         i, t, s = inputs
-        state = jax.lax.cond(i < steps, lambda state: advance(i, t, s, *state), lambda state: state, state)
+        state = jax.lax.cond(jnp.any(i < count), lambda state: advance(i, t, s, *state), lambda state: state, state)
         return state, state[0] if trajectory else None
 
-    start = (x, sampler.init(x))
+    start = (x, sampler.init(x, steps))
     (end, _), visited = jax.lax.scan(body, start, (jnp.arange(capacity), times[:-1], times[1:]))
     if trajectory:
         return end, {"x": jnp.concatenate([x[None], visited]), "t": times}
     return end
+
+
+def _times(grid: Union[str, Callable, Array], schedule: Schedule, steps, capacity: int) -> Array:
+    """[capacity + 1] times, or [capacity + 1, B] where steps is [B]."""
+    if not (isinstance(grid, str) or callable(grid)):
+        if len(grid) != capacity + 1:
+            raise UserError(f"{len(grid)} times were given as grid; a capacity of {capacity} steps takes {capacity + 1}")
+        return jnp.asarray(grid)
+    grid = lookup(GRIDS, grid, "grid") if isinstance(grid, str) else grid
+    if jnp.ndim(steps):
+        return jax.vmap(lambda n: grid(schedule, n, capacity), out_axes=1)(steps)
+    return grid(schedule, steps, capacity)
+
+
+def _upwards(times: Array, count: Array) -> Array:
+    """The first `count` + 1 times in reverse, then the last of these again."""
+    index = jnp.arange(len(times)).reshape((-1,) + (1,) * (times.ndim - 1))
+    return jnp.take_along_axis(times, jnp.maximum(count - index, 0), axis=0)

@@ -1,108 +1,157 @@
-"""Noise schedules: alpha(t) and sigma(t) of x_t = alpha(t) x0 + sigma(t) eps, with logsnr(t) and its exact inverse.
+"""Noise schedules by name, and what turns one schedule into another: a shift of its logsnr or of its time, a vanishing end.
 
-A variance-preserving schedule is fixed by log_abar(t) = log alpha(t)^2, which is 0 at t = 0 and decreases:
-
-    alpha  = exp(log_abar / 2)                                                                  (1)
-    sigma  = sqrt(1 - exp(log_abar)) = sqrt(-expm1(log_abar))                                   (2)
-    logsnr = log_abar - log(-expm1(log_abar)),   log_abar = log sigmoid(logsnr)                 (3)
-
-expm1 keeps sigma exact as t -> 0, where 1 - alpha^2 would cancel. A discrete process with a table of betas,
-abar_k = prod_{j <= k} (1 - beta_j), becomes continuous by linear interpolation of log_abar between the grid points
-t_k = (k + 1) / T and (0, 0): the noising rate is constant inside a step, the table is met exactly, the inverse is exact.
+Discrete processes and the families are in noising.py, the continuous closed forms in closed_forms.py, VDM's in learned_schedule.py.
+A transformation takes a schedule, or a row's name with that row's arguments, and keeps its family and its T. They compose:
+snr_shift(zero_terminal("scaled_linear"), 2.0).
 """
-import dataclasses
-from typing import Callable, Optional
+from typing import Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.types import Array, UserError
+from ldm_jax.process.closed_forms import cosine_continuous, edm, laplace, rectified_flow, sigmoid, sub_vp, ve, vp_sde
+from ldm_jax.process.learned_schedule import learned
+from ldm_jax.process.noising import (FAMILIES, Schedule, cosine, from_betas, from_logsnr, is_traced, linear, scaled_linear,
+                                     variance_preserving)
+from ldm_jax.types import UserError, lookup
+
+__all__ = ["FAMILIES", "SCHEDULES", "Schedule", "cosine", "cosine_continuous", "edm", "from_betas", "from_logsnr", "laplace", "learned",
+           "linear", "rectified_flow", "scaled_linear", "sigmoid", "snr_shift", "sub_vp", "time_shift", "variance_preserving", "ve",
+           "vp_sde", "zero_terminal"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Pure functions of time; every one takes a scalar or an array of any shape.
+def _made(base: Union[str, Schedule], options: dict) -> Schedule:
+    return lookup(SCHEDULES, base, "schedule")(**options) if isinstance(base, str) else base
 
-    Attributes:
-      alpha, sigma: the signal's and the noise's scale at time t.
-      logsnr: 2 log(alpha / sigma), +inf at t = 0.
-      t_of_logsnr: the inverse of `logsnr`.
-      timesteps: T where the process is discrete (training draws its times from the grid t_k), otherwise None.
+
+def _check_shift(shift):
+    if not is_traced(shift) and not np.all(np.asarray(shift) > 0):
+        raise UserError(f"shift must be positive (1 changes nothing); got {shift!r}")
+
+
+def snr_shift(base: Union[str, Schedule] = "cosine_continuous", shift=2.0, **options) -> Schedule:
+    """sigma / alpha at every time is `shift` times that of `base`: logsnr - 2 log(shift).
+
+    With shift = d / 64 it gives pictures of d x d pixels the noise that the base means for 64 x 64 (Hoogeboom et al. 2023, section 3.1).
+    On rectified flow it is `time_shift`. shift: a number, may be traced.
     """
-    name: str
-    alpha: Callable[[Array], Array]
-    sigma: Callable[[Array], Array]
-    logsnr: Callable[[Array], Array]
-    t_of_logsnr: Callable[[Array], Array]
-    timesteps: Optional[int] = None
+    base = _made(base, options)
+    _check_shift(shift)
+    norm, change = FAMILIES[base.family], 2 * jnp.log(jnp.asarray(shift, jnp.float32))
 
-    def on_grid(self, t: Array) -> Array:
-        """The first t_k at or after t; t itself where the process is continuous."""
-        T = self.timesteps
-        return t if T is None else jnp.clip(jnp.ceil(t * T), 1, T) / T
-
-    @property
-    def zero_terminal_snr(self) -> bool:
-        """Whether x_1 holds no signal at all: alpha(1) = 0. Then eps says nothing about x0 at t = 1."""
-        with jax.ensure_compile_time_eval():
-            return bool(self.alpha(jnp.float32(1.0)) <= 0.0)
-
-
-def variance_preserving(name: str, log_abar: Callable, t_of_log_abar: Callable, timesteps: Optional[int] = None) -> Schedule:
-    """The schedule with alpha^2 + sigma^2 = 1 given log_abar(t) = log alpha(t)^2 and its inverse, equations (1)-(3)."""
-    def sigma2(t):
-        return jnp.abs(jnp.expm1(log_abar(t)))  # abs, not minus: +0 at t = 0
+    def scales(t):
+        a, s = base.alpha(t), shift * base.sigma(t)
+        n = norm(a, s)
+        return a / n, s / n
 
     return Schedule(
-        name=name,
-        alpha=lambda t: jnp.exp(0.5 * log_abar(t)),
-        sigma=lambda t: jnp.sqrt(sigma2(t)),
-        logsnr=lambda t: log_abar(t) - jnp.log(sigma2(t)),
-        t_of_logsnr=lambda l: t_of_log_abar(jax.nn.log_sigmoid(l)),
-        timesteps=timesteps)
+        name=f"snr_shift({base.name})",
+        alpha=lambda t: scales(t)[0],
+        sigma=lambda t: scales(t)[1],
+        logsnr=lambda t: base.logsnr(t) - change,
+        t_of_logsnr=lambda l: base.t_of_logsnr(l + change),
+        timesteps=base.timesteps, family=base.family, vanishing=base.zero_terminal_snr)
 
 
-def from_betas(betas, name: str = "betas") -> Schedule:
-    """A discrete process from any table beta_0..beta_{T-1} in (0, 1); abar_k = prod_{j <= k} (1 - beta_j).
+def time_shift(base: Union[str, Schedule] = "rectified_flow", shift=3.0, **options) -> Schedule:
+    """`base` at the time shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23, shift = sqrt(m / n) for m pixels against n).
+
+    shift > 1 spends more time at high noise. A number, may be traced.
+    """
+    base = _made(base, options)
+    _check_shift(shift)
+
+    def warp(t):
+        return shift * t / ((1 - t) + shift * t)
+
+    def inverse(l):
+        u = base.t_of_logsnr(l)
+        return u / (shift * (1 - u) + u)
+
+    return Schedule(
+        name=f"time_shift({base.name})",
+        alpha=lambda t: base.alpha(warp(t)),
+        sigma=lambda t: base.sigma(warp(t)),
+        logsnr=lambda t: base.logsnr(warp(t)),
+        t_of_logsnr=inverse,
+        timesteps=base.timesteps, family=base.family, vanishing=base.zero_terminal_snr)
+
+
+def zero_terminal(base: Union[str, Schedule] = "linear", **options) -> Schedule:
+    """`base` with its alpha stretched to end at 0: alpha -> (alpha - alpha_T) alpha_0 / (alpha_0 - alpha_T) (Lin et al. 2024, algorithm 1).
+
+    alpha is the variance-preserving one, alpha_T its end, alpha_0 its value at the table's first entry t_0 = 1 / T, which keeps its place;
+    before t_0 nothing changes. A continuous process has t_0 = 0. sigma is had from u = 1 - alpha = sigma^2 / (1 + alpha), exact as t -> 0:
+
+        alpha -> (1 + m) (alpha - alpha_T),   u -> u + m (u - u_0),   m = alpha_T / (alpha_0 - alpha_T)
 
     Raises:
-      UserError: when the table is not one-dimensional or leaves (0, 1).
+      UserError: for a process without a finite sigma at alpha = 0 (alpha = 1 throughout), and for one whose end is traced.
     """
-    betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or not betas.size or not np.all((betas > 0) & (betas < 1)):
-        raise UserError(f"betas must be a 1-D table of values in (0, 1); got shape {betas.shape}, "
-                        f"range [{betas.min(initial=np.inf):g}, {betas.max(initial=-np.inf):g}]")
-    T = len(betas)
-    t_k = np.arange(T + 1, dtype=np.float64) / T
-    log_abar = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
-    knots, values = t_k.astype(np.float32), log_abar.astype(np.float32)
-    return variance_preserving(
-        name,
-        log_abar=lambda t: jnp.interp(t, knots, values),
-        t_of_log_abar=lambda a: jnp.interp(a, values[::-1], knots[::-1]),
-        timesteps=T)
+    base = _made(base, options)
+    if base.family == "ve":
+        raise UserError(f"schedule {base.name!r} cannot have zero terminal SNR: it keeps alpha = 1; rescale a schedule whose alpha decreases")
+    norm, vp = FAMILIES[base.family], FAMILIES["vp"]
 
+    def vp_base(t):  # alpha, 1 - alpha
+        a, s = base.alpha(t), base.sigma(t)
+        n = vp(a, s)
+        return a / n, (s / n) ** 2 / (1 + a / n)
 
-def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """beta_k linear from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
-    return from_betas(np.linspace(beta_start, beta_end, timesteps), "linear")
+    with jax.ensure_compile_time_eval():
+        _, u_0 = vp_base(jnp.float32(1 / base.timesteps if base.timesteps else 0.0))
+        alpha_1, u_1 = vp_base(jnp.float32(1.0))
+    if is_traced(u_0, u_1):
+        raise UserError(f"schedule {base.name!r} is traced: its end must be known to be moved to zero SNR")
+    u_0, alpha_1 = float(u_0), float(alpha_1)
+    m = alpha_1 / (float(u_1) - u_0)
 
+    def vp_scales(t):
+        alpha, u = vp_base(t)
+        stretched = u > u_0
+        alpha = jnp.where(stretched, (1 + m) * (alpha - alpha_1), alpha)
+        u = jnp.where(stretched, u + m * (u - u_0), u)
+        # exactly 0 at t = 1, with the slope that leads there
+        return alpha - jax.lax.stop_gradient(jnp.where((t >= 1) | (alpha < 0), alpha, 0.0)), jnp.sqrt(u * (2 - u))
 
-def cosine(timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
-    """abar(t) = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi / 2), betas clipped at `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
-    f = np.cos((np.arange(timesteps + 1) / timesteps + s) / (1 + s) * np.pi / 2) ** 2
-    return from_betas(np.minimum(1 - f[1:] / f[:-1], max_beta), "cosine")
+    def scales(t):
+        a, s = vp_scales(t)
+        n = norm(a, s)
+        return a / n, s / n
 
+    def logsnr(t):
+        a, s = vp_scales(t)
+        return 2 * (jnp.log(a) - jnp.log(s))
 
-def rectified_flow() -> Schedule:
-    """alpha = 1 - t, sigma = t: straight lines between data and noise (Liu et al. 2022; Lipman et al. 2022). alpha(1) = 0."""
+    def t_of_logsnr(l):
+        u = jax.nn.sigmoid(-l) / (1 + jnp.exp(0.5 * jax.nn.log_sigmoid(l)))
+        u = jnp.where(u > u_0, (u + m * u_0) / (1 + m), u)
+        return jnp.where(l > -jnp.inf, base.t_of_logsnr(2 * jnp.log1p(-u) - jnp.log(u * (2 - u))), 1.0)
+
     return Schedule(
-        name="rectified_flow",
-        alpha=lambda t: 1.0 - t,
-        sigma=lambda t: jnp.asarray(t, jnp.float32),
-        logsnr=lambda t: 2.0 * (jnp.log1p(-t) - jnp.log(t)),
-        t_of_logsnr=lambda l: jax.nn.sigmoid(-0.5 * l))
+        name=f"zero_terminal({base.name})",
+        alpha=lambda t: scales(t)[0],
+        sigma=lambda t: scales(t)[1],
+        logsnr=logsnr,
+        t_of_logsnr=t_of_logsnr,
+        timesteps=base.timesteps, family=base.family, vanishing=True)
 
 
-SCHEDULES = {"linear": linear, "cosine": cosine, "rectified_flow": rectified_flow}
+SCHEDULES = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+    "vp_sde": vp_sde,
+    "sub_vp": sub_vp,
+    "ve": ve,
+    "edm": edm,
+    "cosine_continuous": cosine_continuous,
+    "sigmoid": sigmoid,
+    "laplace": laplace,
+    "rectified_flow": rectified_flow,
+    "learned": learned,
+    "snr_shift": snr_shift,
+    "time_shift": time_shift,
+    "zero_terminal": zero_terminal,
+}

@@ -57,6 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str, *, keep: int = 2, config: Optional[Mapping[str, Any]] = None, read_only: bool = False):
+        directory = str(directory)
         self.directory = os.path.abspath(directory) if "://" not in directory else directory
         self._good = set()  # steps written or verified by this object; another of the same number is damaged and is replaced
         policies = ocp.training.preservation_policies

@@ -144,6 +144,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         stack.callback(data.close)
         update = jax.jit(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate), donate_argnums=0,
                          in_shardings=(placed, batch_sharding(mesh), replicated(mesh)), out_shardings=(placed, replicated(mesh)))
+        batch = next(data)
+        update = update.lower(state, batch, key_train).compile()  # before the clock and the bar start
         bar = stack.enter_context(progress(steps, step, name))
         seen = stack.enter_context(_watch_signals())
         window, since = [], time.perf_counter()
@@ -171,7 +173,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             checkpoints.save(step, state, data.get_state())
 
         while step < steps:
-            state, metrics = update(state, next(data), key_train)
+            state, metrics = update(state, batch, key_train)
             step += 1
             bar.update()
             window.append(metrics)
@@ -186,5 +188,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 save()
                 if on_save and step < steps:
                     on_save(step, state)
+                    since = time.perf_counter()
+            if step < steps:
+                batch = next(data)
         checkpoints.wait()
         return state

@@ -1,0 +1,185 @@
+"""Batches: a permutation per epoch, a function of (seed, index), the same on any number of processes, resumable."""
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ldm_jax.data import SOURCES, Source, batches
+from ldm_jax.types import UserError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def numbered(n, labelled=True):
+    """Example i has class i and an image of i at the left and 0 at the right."""
+    def read(ids):
+        image = np.zeros((len(ids), 2, 2, 1), np.uint8)
+        image[:, :, 0, 0] = np.asarray(ids)[:, None]
+        return {"image": image, "class": np.asarray(ids, np.int32)} if labelled else {"image": image}
+    return Source("numbered", (2, 2, 1), n if labelled else None, tuple(map(str, range(n))) if labelled else (), n, read)
+
+
+def take(count, source=None, **arguments):
+    with batches(source or numbered(23), **{"batch_size": 8, "seed": 0, **arguments}) as it:
+        return [next(it) for _ in range(count)]
+
+
+def order(taken):
+    return np.concatenate([b["class"] for b in taken]).tolist()
+
+
+def same(a, b):
+    return all(x.keys() == y.keys() and all(np.array_equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [5, 23, 60])  # 60: more than the source holds
+def test_every_example_comes_once_per_epoch_in_a_new_order(batch_size):
+    stream = order(take(-(-4 * 23 // batch_size), batch_size=batch_size))
+    epochs = [stream[i * 23:(i + 1) * 23] for i in range(4)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4 and epochs[0] != list(range(23))
+    assert order(take(3, seed=1)) != order(take(3, seed=0)) == order(take(3, seed=0))
+
+
+def test_image_and_class_belong_together():
+    for b in take(4):
+        assert b["image"].dtype == np.uint8 and b["class"].dtype == np.int32
+        assert np.array_equal(b["image"][:, 0, 0, 0], b["class"]) and not b["image"][:, :, 1].any()
+    assert take(1, numbered(5, labelled=False))[0].keys() == {"image"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shares_laid_side_by_side_are_the_batch_of_one_process(count):
+    whole = take(9, flip=True)
+    shares = [take(9, flip=True, process_index=p, process_count=count) for p in range(count)]
+    joined = [{k: np.concatenate([share[i][k] for share in shares]) for k in whole[i]} for i in range(9)]
+    assert same(joined, whole)
+    assert all(share[0]["class"].shape == (8 // count,) for share in shares)
+
+
+def test_batch_k_needs_no_history():
+    whole = take(12, flip=True)
+    for k in (0, 1, 7, 11):
+        assert same(take(1, flip=True, start=k), whole[k:k + 1])
+
+
+def test_mirroring_mirrors_half_of_the_images_and_nothing_else():
+    mirrored = []
+    for b in take(50, flip=True):
+        left, right = b["image"][:, :, 0, 0], b["image"][:, :, 1, 0]
+        flipped = (right == b["class"][:, None]).all(1) & (left == 0).all(1)
+        straight = (left == b["class"][:, None]).all(1) & (right == 0).all(1)
+        assert np.all(flipped | straight)
+        mirrored.extend(flipped[b["class"] > 0])
+    assert abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / len(mirrored)**0.5
+    assert len(mirrored) > 300
+
+
+def test_state_restores_on_any_number_of_processes():
+    whole = take(14, flip=True)
+    with batches(numbered(23), batch_size=8, seed=0, flip=True) as it:
+        for _ in range(6):
+            next(it)
+        state = json.loads(json.dumps(it.get_state()))
+        assert state == {"next_index": 6}
+        assert same([next(it) for _ in range(3)], whole[6:9])
+        it.set_state(state)  # back again, with batches already read ahead
+        assert same([next(it) for _ in range(3)], whole[6:9]) and it.get_state() == {"next_index": 9}
+    shares = []
+    for p in range(2):
+        with batches(numbered(23), batch_size=8, seed=0, flip=True, process_index=p, process_count=2) as it:
+            it.set_state(state)
+            shares.append([next(it) for _ in range(8)])
+    assert same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*shares)], whole[6:])
+
+
+def test_arrays_arrive_sharded_over_the_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, P("data"))
+    for placed, plain in zip(take(4, sharding=sharding, flip=True), take(4, flip=True)):
+        for name, a in placed.items():
+            assert a.sharding.is_equivalent_to(sharding, a.ndim) and a.shape == plain[name].shape
+            assert np.array_equal(np.asarray(a), plain[name])
+
+
+def test_an_error_of_the_source_reaches_the_caller():
+    def read(ids):
+        if 3 in ids:
+            raise UserError("cannot read the image 3.png")
+        return numbered(23).read(ids)
+
+    source = Source("broken", (2, 2, 1), 23, tuple(map(str, range(23))), 23, read)
+    with pytest.raises(UserError, match="3.png"):
+        take(3, source)
+
+
+def test_closed_is_closed():
+    it = batches(numbered(5), batch_size=2, seed=0)
+    next(it)
+    it.close()
+    it.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(it)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ({"batch_size": 0}, "batch_size 0"),
+    ({"batch_size": 6, "process_count": 4}, "batch_size 6.*processes, 4"),
+    ({"process_index": 2, "process_count": 2}, "process_index 2"),
+    ({"seed": -1}, "seed -1"),
+    ({"seed": 2**32}, "seed"),
+    ({"start": -1}, "start"),
+])
+def test_errors(arguments, says):
+    with pytest.raises(UserError, match=says):
+        batches(numbered(23), **{"batch_size": 8, "seed": 0, **arguments})
+    with pytest.raises(UserError, match="no images"):
+        batches(numbered(0), batch_size=8, seed=0)
+
+
+AT_EXIT = """
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ldm_jax.data import SOURCES, batches
+sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
+it = batches(SOURCES["shapes"](count=50), batch_size=8, seed=0, sharding=sharding)
+next(it)
+"""
+
+
+def test_a_process_that_leaves_an_iterator_open_still_ends_cleanly():
+    run = subprocess.run([sys.executable, "-c", AT_EXIT], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+WORKERS = """
+import numpy as np
+from ldm_jax.data import SOURCES, batches
+if __name__ == "__main__":
+    source = SOURCES["shapes"](count=50)
+    same = dict(batch_size=8, seed=0, flip=True, start=3)
+    with batches(source, **same) as a, batches(source, **same, num_workers=2) as b:
+        print(all(np.array_equal(x[k], y[k]) for _ in range(5) for x, y in [(next(a), next(b))] for k in x), b.get_state())
+"""
+
+
+def test_worker_processes_change_nothing(tmp_path):
+    (tmp_path / "script.py").write_text(WORKERS)
+    run = subprocess.run([sys.executable, tmp_path / "script.py"], env={**os.environ, "PYTHONPATH": ROOT},
+                         capture_output=True, text=True, timeout=300)
+    assert run.stdout.strip() == "True {'next_index': 8}", run.stderr
+
+
+def test_real_source_end_to_end():
+    source = SOURCES["digits"]("train")
+    taken = take(3, source, batch_size=64)
+    whole = source.read(range(source.size))
+    everything = {image.tobytes(): c for image, c in zip(whole["image"], whole["class"])}
+    assert all(everything[image.tobytes()] == c for b in taken for image, c in zip(b["image"], b["class"]))

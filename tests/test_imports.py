@@ -1,0 +1,50 @@
+"""The arrows of the layout: which part may import which, and what no part may import at import time."""
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = os.path.join(ROOT, "ldm_jax")
+ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own and types
+    "process": set(), "models": set(), "data": set(), "training": set(), "evaluation": set(), "systems": {"process", "models"},
+    "types.py": set(), "recipe.py": {"process", "models", "data", "systems", "training"},
+    "api.py": {"process", "systems", "recipe", "training"},
+    "run.py": {"api", "recipe", "data", "evaluation", "systems", "training"}, "main.py": {"run", "training"}, "__init__.py": set(),
+}
+FILES = [os.path.relpath(os.path.join(d, f), PACKAGE) for d, _, names in os.walk(PACKAGE) for f in names if f.endswith(".py")]
+
+
+def imports(path):
+    """Every module named by an import statement of a file, also inside functions."""
+    for node in ast.walk(ast.parse(open(os.path.join(PACKAGE, path)).read())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_arrows(path):
+    part = path.split(os.sep)[0]
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("ldm_jax.")}
+    own = {part, part.removesuffix(".py"), "types", "__version__"}
+    assert used - own <= ALLOWED[part], f"{path} imports {sorted(used - own - ALLOWED[part])}"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_flax_is_confined_to_models(path):
+    if not path.startswith("models"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "flax"]
+
+
+def test_no_tensorflow_no_torch_and_a_quick_start():
+    code = ("import sys, ldm_jax; assert 'jax' not in sys.modules, 'import ldm_jax should cost nothing';"
+            "import ldm_jax.run, ldm_jax.data.records, tensorflow_datasets;"
+            "print([m for m in ('tensorflow', 'torch', 'matplotlib', 'diffrax') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stdout + out.stderr

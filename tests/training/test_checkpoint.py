@@ -1,0 +1,123 @@
+"""Saving and restoring: exact, partial, over device counts, and through damage."""
+import glob
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.training.checkpoint import Checkpoints, fingerprint
+from ldm_jax.training.sharding import make_mesh, shardings
+from ldm_jax.training.state import new_state
+from ldm_jax.types import UserError
+
+
+def some_state(seed=0):
+    params = {"net": {"kernel": jax.random.normal(jax.random.key(seed), (64, 512)), "half": jnp.ones((3,), jnp.bfloat16)},
+              "scale": jnp.arange(4.0)}
+    return new_state(params, ("net",), optax.adam(1e-3))
+
+
+def abstract(state, **options):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, **options), state)
+
+
+def write(path, steps=(1, 2)):
+    with Checkpoints(path) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, some_state(step), {"next_index": 10 * step})
+        checkpoints.wait()
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_round_trip(tmp_path):
+    write(tmp_path / "c")
+    with Checkpoints(str(tmp_path / "c")) as checkpoints:
+        step, state, data = checkpoints.restore(abstract(some_state()), warn=pytest.fail)
+    assert (step, data) == (2, {"next_index": 20})
+    assert jax.tree.structure(state) == jax.tree.structure(some_state())
+    equal(state, some_state(2))
+
+
+def test_a_part_and_another_mesh(tmp_path):
+    write(tmp_path / "c")
+    sharded = shardings(some_state(), make_mesh(2, 4))
+    with Checkpoints(str(tmp_path / "c"), read_only=True) as checkpoints:
+        _, part, _ = checkpoints.restore({"ema": abstract(some_state().ema)}, warn=pytest.fail)
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract(some_state()), sharded)
+        _, whole, _ = checkpoints.restore(target, warn=pytest.fail)
+    equal(part["ema"], some_state(2).ema)
+    equal(whole, some_state(2))
+    assert whole.params["net"]["kernel"].sharding == sharded.params["net"]["kernel"]
+
+
+def test_keeps_the_newest(tmp_path):
+    write(tmp_path / "c", steps=(1, 2, 3))
+    with Checkpoints(str(tmp_path / "c"), read_only=True) as checkpoints:
+        assert checkpoints.steps == [2, 3]
+
+
+def arrays_of(path, step):
+    """The largest file of a step: where the arrays are."""
+    return max(glob.glob(str(path / str(step) / "state" / "**"), recursive=True), key=lambda f: os.path.isfile(f) and os.path.getsize(f))
+
+
+def flip(file, at=0.5):
+    data = bytearray(open(file, "rb").read())
+    data[int(len(data) * at)] ^= 4
+    open(file, "wb").write(data)
+
+
+def cut(file):
+    os.truncate(file, os.path.getsize(file) // 2)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, os.remove])
+def test_damage_is_found_and_passed_over(tmp_path, damage):
+    write(tmp_path / "c")
+    damage(arrays_of(tmp_path / "c", 2))
+    said = []
+    with Checkpoints(str(tmp_path / "c")) as checkpoints:
+        step, state, _ = checkpoints.restore(abstract(some_state()), warn=said.append)
+        assert step == 1 and len(said) == 1 and "checkpoint 2" in said[0]
+        equal(state, some_state(1))
+        checkpoints.save(2, some_state(5), {"next_index": 20})  # the run goes on and replaces the damaged one
+        checkpoints.wait()
+        assert checkpoints.restore(abstract(some_state()), warn=pytest.fail)[0] == 2
+
+
+def test_nothing_readable_is_an_error_and_nothing_there_is_none(tmp_path):
+    with Checkpoints(str(tmp_path / "new")) as checkpoints:
+        assert checkpoints.restore(abstract(some_state()), warn=pytest.fail) is None
+    write(tmp_path / "c", steps=(1,))
+    cut(arrays_of(tmp_path / "c", 1))
+    with Checkpoints(str(tmp_path / "c")) as checkpoints, pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.restore(abstract(some_state()), warn=lambda line: None)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_])
+def test_fingerprint_sees_every_bit_and_the_order(dtype):
+    x = np.asarray(jax.random.bits(jax.random.key(0), (5, 7), jnp.uint32) % 2 if dtype == jnp.bool_
+                   else jax.random.bits(jax.random.key(0), (5, 7), jnp.uint32) % 100).astype(dtype)
+    value = int(fingerprint(jnp.asarray(x)))
+    words = x.astype(np.uint32) if dtype == jnp.bool_ else x.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.itemsize]).astype(np.uint32)
+    by_hand = sum(int(w) * ((i * 2654435761) % 2**32 | 1) for i, w in enumerate(words.reshape(-1))) % 2**32
+    assert value == by_hand
+    if dtype != jnp.bool_:
+        raw = bytearray(x.tobytes())
+        for position in range(0, len(raw), 3):
+            changed = bytearray(raw)
+            changed[position] ^= 1 << position % 8
+            assert int(fingerprint(jnp.asarray(np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)))) != value
+    assert int(fingerprint(jnp.asarray(x[::-1]))) != value
+
+
+def test_unwritable_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        Checkpoints(str(tmp_path / "file" / "checkpoints"))
