@@ -43,7 +43,8 @@ def train(config: Config, workdir: str) -> api.Pipeline:
     source = recipe.build_source(config["data"], "train")
     say(f"data: {source.name}, {source.size} images")
     adopt(workdir, config)  # after all that a mistake in the config can fail in, so that a workdir is not left with it
-    options = dict(batch_size=section["batch_size"], seed=config["seed"], flip=config["data"]["flip"])
+    options = dict(batch_size=section["batch_size"], seed=config["seed"], flip=config["data"]["flip"],
+                   process_index=jax.process_index(), process_count=jax.process_count())
     state = train_loop(
         workdir=workdir, init=system.init, trained=system.trained, loss_fn=system.loss_fn, steps=steps, seed=config["seed"], mesh=mesh,
         tx=tx, config=config, name=config["system"], warn=say, **section,

@@ -112,10 +112,13 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
             batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
         return batch
 
+    def own(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return {name: np.array(a) for name, a in batch.items()}  # out of the memory shared with the worker, which is then freed
+
     def place(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         import jax
 
-        return {name: jax.make_array_from_process_local_data(sharding, np.asarray(a)) for name, a in batch.items()}
+        return {name: jax.make_array_from_process_local_data(sharding, a) for name, a in batch.items()}
 
     def make(first: int):
         import grain
@@ -130,7 +133,7 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
 
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own here, which outside app.run nobody has parsed
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers)).map(own)
         if sharding is not None:
             stream = stream.map(place)
         return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=PLACED_AHEAD)

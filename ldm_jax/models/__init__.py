@@ -2,8 +2,8 @@
 from ldm_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ldm_jax.models.dit import dit
 from ldm_jax.models.net import Net
-from ldm_jax.models.unet import unet
+from ldm_jax.models.unet import UNETS, unet
 
 NETS = {"unet": unet, "dit": dit}
 
-__all__ = ["AUTOENCODERS", "NETS", "Autoencoder", "Net", "dit", "unet"]
+__all__ = ["AUTOENCODERS", "NETS", "UNETS", "Autoencoder", "Net", "dit", "unet"]

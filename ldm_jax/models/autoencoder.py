@@ -186,6 +186,7 @@ def kl(image_shape: Sequence[int], factor: int = 4, latent_channels: int = 4, *,
     mults = (1, 2, 4, 4, 4, 4, 4, 4)[:levels] if mults is None else tuple(mults)
     if len(mults) != levels:
         raise UserError(f"mults={mults} of the autoencoder must have {levels} entries for factor={factor}")
+    layers.check_groups(width, norm_groups)
     heights = [H >> i for i in range(levels)]
     if not set(attention) <= set(heights):
         raise UserError(f"attention={tuple(attention)} names a resolution that the autoencoder has not; its levels have {tuple(heights)}")

@@ -45,6 +45,12 @@ def num_groups(channels: int, groups: Optional[int] = None) -> int:
     return max(g for g in range(1, max(1, min(32, channels // 4)) + 1) if channels % g == 0)
 
 
+def check_groups(channels: int, groups: Optional[int]) -> None:
+    """Raises UserError when `groups` are asked for and do not divide `channels`."""
+    if groups and channels % groups:
+        raise UserError(f"norm_groups={groups} does not divide a layer of {channels} channels; choose a divisor, or None to adapt")
+
+
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) over space and the channels of a group, then scale and bias per channel.
 

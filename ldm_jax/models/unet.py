@@ -198,6 +198,7 @@ def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chan
                         f"use fewer levels, or crop or resize the images")
     if width % 2 or width < 4:
         raise UserError(f"width={width} of the U-Net must be even and at least 4")
+    layers.check_groups(width, norm_groups)
     heights = [H >> i for i in range(len(mults))]
     if attention is None:
         attention = [16] if 16 in heights else []

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ldm_jax.process.samplers import Sampler, make_sampler
 from ldm_jax.process.schedules import Schedule
 from ldm_jax.process.stepping import noise_ratio, scales
-from ldm_jax.types import Array, Denoise, UserError, expand, fold_in, lookup, normal, split_prediction, uniform
+from ldm_jax.types import Array, Denoise, UserError, fold_in, lookup, normal, split_prediction, uniform
 
 
 def consistency_function(predict: Callable[[Array, Array], Array], schedule: Schedule, *, t_min: float = 1e-3,

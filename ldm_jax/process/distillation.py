@@ -87,7 +87,7 @@ DISTILLATIONS = {"sds": sds_gradient, "vsd": vsd_gradient, "dds": dds_gradient}
 
 
 def surrogate_loss(x: Array, gradient: Array) -> Array:
-    """[B]: a loss whose gradient with respect to x is exactly `gradient`, with the value |gradient|^2 / 2 (sums over an example)."""
+    """[B]: a loss whose gradient in x is exactly `gradient` and whose value is |gradient|^2 / 2 (sums over an example)."""
     gradient = jax.lax.stop_gradient(gradient)
     axes = tuple(range(1, x.ndim))
     return jnp.sum(gradient * (x - jax.lax.stop_gradient(x)), axes) + 0.5 * jnp.sum(gradient**2, axes)

@@ -1,8 +1,8 @@
 """Objectives for networks that sample in one or a few steps: straighter paths, longer steps, averages of the velocity.
 
 A path is x_t = alpha x0 + sigma eps; its velocity is v = alpha'(t) x0 + sigma'(t) eps, which is eps - x0 on rectified flow. Time
-runs from data, 0, to noise, 1, as in Salimans & Ho 2022 and Geng et al. 2025; Liu et al. 2022 and Frans et al. 2024 count the other
-way, so their steps forward are steps down here. The average velocity of the probability flow between r <= t is
+runs from data, 0, to noise, 1, as in Salimans & Ho 2022 and Geng et al. 2025; Liu et al. 2022 and Frans et al. 2024 count the
+other way, so their steps forward are steps down here. The average velocity of the probability flow between r <= t is
 
     u(x_t, t, r) = (x_t - x_r) / (t - r),   u(x_t, t, t) = E[v | x_t],   so that   x_r = x_t - (t - r) u(x_t, t, r).        (1)
 
@@ -49,8 +49,8 @@ def reflow_loss(predict: Callable[[Array, Array], Array], schedule: Schedule, x0
                 times: Union[str, Callable] = "uniform") -> Tuple[Array, dict]:
     """|v - predict(x_t, t)|^2 between given pairs (Liu et al. 2022, eq. 1); zero loss where the paths of the pairs never cross.
 
-    predict: (x_t [B, ...], t [B]) -> velocity; x0, eps: pairs, as from `reflow_pairs`; times: a row of TIMES, or a function of its
-    form. Metrics {"mse": [B], "t": [B]}.
+    predict: (x_t [B, ...], t [B]) -> velocity; x0, eps: pairs, as from `reflow_pairs`; times: a row of TIMES, or a function of
+    its form. Metrics {"mse": [B], "t": [B]}.
     """
     t, correction = draw_times(times, fold_in(key, 0), x0.shape[0], schedule)
     x_t, v = path(schedule, x0, eps, t)

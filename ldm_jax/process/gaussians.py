@@ -45,7 +45,7 @@ def posterior_mean(schedule: Schedule, x0: Array, x_t: Array, t: Array, s: Array
     """The mean of q(x_s | x_t, x0), equation (1): x0, x_t [B, ...], t and s [B], s < t."""
     (a_t, s_t), (a_s, s_s) = ((expand(schedule.alpha(u), x_t), expand(schedule.sigma(u), x_t)) for u in (t, s))
     r = expand(jnp.exp(schedule.logsnr(t) - schedule.logsnr(s)), x_t)
-    return a_t * s_s**2 / (a_s * s_t**2) * x_t + a_s * (1 - r) * x0
+    return a_t / a_s * (s_s / s_t) ** 2 * x_t + a_s * (1 - r) * x0
 
 
 def posterior_log_variances(schedule: Schedule, t: Array, s: Array) -> Tuple[Array, Array]:

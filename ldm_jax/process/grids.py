@@ -22,8 +22,19 @@ LARGEST_RATIO = 160.0  # the most q counted from, just beyond the 1000-step line
 
 
 def _index(steps, capacity: int) -> Array:
-    """0, 1, .., steps, steps, ..: [capacity + 1] float32."""
-    return jnp.minimum(jnp.arange(capacity + 1), steps).astype(jnp.float32)
+    """0, 1, .., steps, steps, ..: [capacity + 1] int32."""
+    return jnp.minimum(jnp.arange(capacity + 1), steps)
+
+
+def _rounded_ratio(a: Array, b) -> Array:
+    """a / b rounded to the nearest whole number, halves to the even one, in integers: float32 would decide ties by its rounding."""
+    q, r = a // b, a % b
+    return q + ((2 * r > b) | ((2 * r == b) & (q % 2 == 1)))
+
+
+def _part(k: Array, of) -> Array:
+    """k / of, float32, exactly 1 where they are equal: compiled, a division may be a product with a rounded reciprocal."""
+    return jnp.where(k >= of, 1.0, k / jnp.asarray(of, jnp.float32))
 
 
 def _ending(times: Array, index: Array, steps) -> Array:
@@ -41,13 +52,14 @@ def _steps_of(schedule: Schedule, steps) -> int:
 
 def uniform(schedule: Schedule, steps, capacity: int) -> Array:
     """t_i = 1 - i / steps. On a discrete process it visits t_{T-1} first and, with steps = T, every t_k."""
-    return 1.0 - _index(steps, capacity) / jnp.asarray(steps, jnp.float32)
+    i = _index(steps, capacity)
+    return _part(steps - i, steps)
 
 
 def trailing(schedule: Schedule, steps, capacity: int) -> Array:
     """k_i = round(T - i T / steps) - 1: `uniform` on whole steps, starting at k = T - 1 (Lin et al. 2024, table 2)."""
     T, i = _steps_of(schedule, steps), _index(steps, capacity)
-    return _ending(jnp.round(T - i * T / steps) / T, i, steps)
+    return _ending(_part(_rounded_ratio(T * (steps - i), steps), T), i, steps)
 
 
 def leading(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool = True) -> Array:
@@ -59,7 +71,7 @@ def leading(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool =
     T, i = _steps_of(schedule, steps), _index(steps, capacity)
     stride = jnp.maximum(T // (steps + (0 if endpoint else 1)), 1)
     k = (steps - (1 if endpoint else 0) - i) * stride + offset
-    return _ending((jnp.clip(k, 0, T - 1) + 1) / T, i, steps)
+    return _ending(_part(jnp.clip(k, 0, T - 1) + 1, T), i, steps)
 
 
 def linspace(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool = True, rounded: bool = True) -> Array:
@@ -69,9 +81,9 @@ def linspace(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool 
     """
     T, i = _steps_of(schedule, steps), _index(steps, capacity)
     last = jnp.maximum(steps - 1, 1) if endpoint else steps
-    k = (T - 1) * (last - i) / last + offset
-    k = jnp.round(k) if rounded else k
-    return _ending((jnp.clip(k, 0, T - 1) + 1) / T, i, steps)
+    k = (T - 1) * jnp.maximum(last - i, 0)
+    k = (_rounded_ratio(k, last) if rounded else k / last) + offset
+    return _ending(_part(jnp.clip(k, 0, T - 1) + 1, T), i, steps)
 
 
 def _ratios(schedule: Schedule, sigma_min, sigma_max):
@@ -101,7 +113,7 @@ def karras(schedule: Schedule, steps, capacity: int, rho=7.0, sigma_min=None, si
     """
     low, high = _ratios(schedule, sigma_min, sigma_max)
     i = _index(steps, capacity)
-    part = jnp.minimum(i / jnp.maximum(steps - 1, 1), 1.0)
+    part = _part(i, jnp.maximum(steps - 1, 1))
     q = high ** (1 / rho) + part * (low ** (1 / rho) - high ** (1 / rho))
     return _in_ratios(schedule, rho * jnp.log(q), i, steps, sigma_max is None)
 
@@ -110,7 +122,7 @@ def exponential(schedule: Schedule, steps, capacity: int, sigma_min=None, sigma_
     """log q linear from sigma_max to sigma_min in `steps` values, then 0: `karras` in the limit of large rho."""
     low, high = _ratios(schedule, sigma_min, sigma_max)
     i = _index(steps, capacity)
-    part = jnp.minimum(i / jnp.maximum(steps - 1, 1), 1.0)
+    part = _part(i, jnp.maximum(steps - 1, 1))
     return _in_ratios(schedule, jnp.log(high) + part * (jnp.log(low) - jnp.log(high)), i, steps, sigma_max is None)
 
 
@@ -121,7 +133,7 @@ def logsnr_uniform(schedule: Schedule, steps, capacity: int, sigma_min=None, sig
     """
     low, high = _ratios(schedule, sigma_min, sigma_max)
     i = _index(steps, capacity)
-    part = i / jnp.asarray(steps, jnp.float32)
+    part = _part(i, steps)
     return _in_ratios(schedule, jnp.log(high) + part * (jnp.log(low) - jnp.log(high)), i, steps, sigma_max is None)
 
 
@@ -194,7 +206,7 @@ def respaced(schedule: Schedule, steps, capacity: int, sections: Union[None, str
         return explicit(schedule, steps, capacity, spaced_timesteps(T, f"ddim{steps}" if sections is None else sections)[::-1])
     i = _index(steps, capacity)
     k = (steps - 1 - i) * -(-T // steps)
-    return _ending((jnp.clip(k, 0, T - 1) + 1) / T, i, steps)
+    return _ending(_part(jnp.clip(k, 0, T - 1) + 1, T), i, steps)
 
 
 GRIDS = {"uniform": uniform, "trailing": trailing, "leading": leading, "linspace": linspace, "karras": karras, "exponential": exponential,

@@ -14,7 +14,7 @@ With the small variance a diffusion term is (SNR_s - SNR_t) / 2 E|x0 - x0_hat(x_
 schedule through the values of logsnr at the ends alone.
 
 The flow moves x0 to x_1 by the probability-flow ODE, and log p(x0) = log p(x_1) + log |det dx_1 / dx0| (Song et al. 2021, section
-4.3). It is solved for y = x_t / n, n = sqrt(alpha^2 + sigma^2), against u = -logsnr / 2. With c = alpha / n = sqrt(sigmoid(logsnr)),
+4.3). It is solved for y = x_t / n, n = sqrt(alpha^2 + sigma^2), over u = -logsnr / 2. With c = alpha / n = sqrt(sigmoid(logsnr)),
 
     dy / du = c (c y - x0_hat(n y, t)),                                                                                (3)
 
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from ldm_jax.process.gaussians import discretized_log_likelihood, interpolated_log_variance, kl, posterior_log_variances, vlb_term
 from ldm_jax.process.schedules import Schedule
+from ldm_jax.process.stepping import scales
 from ldm_jax.types import Array, Denoise, UserError, example_keys, expand, fold_in, lookup, normal, split_prediction, uniform
 
 LOGSNR_MIN = -20.0  # where integrals over logsnr end when alpha(1) = 0; what lies beyond is of the size of alpha / sigma = 5e-5
@@ -111,7 +112,8 @@ def vlb_bpd(denoise: Denoise, schedule: Schedule, x0: Array, key: Array, *, step
 
     def term(_, k):
         t, s = (jnp.broadcast_to(i / jnp.float32(T), x0.shape[:1]) for i in (k + 1, k))
-        x_t = expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * normal(fold_in(keys, k), x0.shape)
+        alpha, sigma = scales(schedule, t, x0)
+        x_t = alpha * x0 + sigma * normal(fold_in(keys, k), x0.shape)
         prediction, frac = split_prediction(denoise(x_t, t))
         if frac is None:
             logvar = expand(posterior_log_variances(schedule, t, s)[("small", "large").index(variance)], x0)
@@ -148,7 +150,8 @@ def vlb_limit_bpd(denoise: Denoise, schedule: Schedule, x0: Array, key: Array, *
         logsnr = high - (high - low) * (k - uniform(fold_in(at, 0), x0.shape[0])) / samples
         logsnr = jnp.where(k == 0, high, logsnr)
         t = schedule.t_of_logsnr(logsnr)
-        x_t = expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * normal(fold_in(at, 1), x0.shape)
+        alpha, sigma = scales(schedule, t, x0)
+        x_t = alpha * x0 + sigma * normal(fold_in(at, 1), x0.shape)
         x0_hat = split_prediction(denoise(x_t, t))[0]
         diffusion = 0.5 * (high - low) / samples * jnp.exp(logsnr) * _total((x0 - x0_hat) ** 2)
         return None, jnp.where(k == 0, _total(_decoder(x0, x0_hat, -high, bins)), diffusion)
@@ -169,7 +172,7 @@ def _unit_vectors(key: Array, shape, n: int) -> Array:
 
 
 # name -> (key, shape [B, ...], n) -> e [P, B, ...] with E[e e^T] = I, so that tr J = E[e . J e] (Hutchinson 1990; Grathwohl et
-# al. 2019). "rademacher" has the smallest variance of all independent probes, none from the diagonal of J; "exact" takes D of them.
+# al. 2019). "rademacher" has the least variance of all independent probes, none from the diagonal of J; "exact" takes D of them.
 PROBES = {
     "rademacher": _each(lambda key, shape: jax.random.rademacher(key, shape, jnp.float32)),
     "gaussian": _each(lambda key, shape: jax.random.normal(key, shape, jnp.float32)),

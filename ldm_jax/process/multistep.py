@@ -41,6 +41,12 @@ def remember(history: History, t: Array, value: Array) -> History:
     return History(push(history.times, t), push(history.values, value))
 
 
+def _newest(n: int, order, like: Array) -> Array:
+    """[n, B], true for the first `order` entries; order: a number or [B], traced, or None for all."""
+    order = jnp.broadcast_to(n if order is None else order, like.shape)
+    return jnp.arange(n)[:, None] < order[None]
+
+
 def exponential_moments(h: Array, n: int) -> Sequence[Array]:
     """I_k = h int_0^1 exp(-h (1 - u)) u^k du for k < n, shaped like h: 1 - exp(-h), then 1 - k I_{k-1} / h; h = inf gives 1.
 
@@ -91,18 +97,16 @@ def exponential_step(schedule: Schedule, x: Array, t: Array, s: Array, history: 
 
     Args:
       history: x0 at t first, then at any other times, s included.
-      order: use no more than this many answers; traced.
+      order: use no more than this many answers; a number or [B], traced.
       line: how two answers, a straight line, are integrated: None is exact, "bh2" takes I_0 / 2 and "bh1" h / 2 for I_1, which
         are as good at this order.
     """
     lam_t, lam_s, lam = half_logsnr(schedule, t), half_logsnr(schedule, s), half_logsnr(schedule, history.times)
     h = lam_s - lam_t
     regular = jnp.isfinite(h)
-    usable = regular & jnp.isfinite(lam)
-    if order is not None:
-        usable &= (jnp.arange(len(lam)) < order)[:, None]
-    width = jnp.where(regular, h, 1.0)
-    u = jnp.where(usable, (lam - jnp.where(regular, lam_t, 0.0)) / width, 0.0).at[0].set(0.0)
+    usable = regular[None] & jnp.isfinite(lam) & _newest(len(lam), order, h)
+    origin, width = jnp.where(regular, lam_t, 0.0), jnp.where(regular, h, 1.0)
+    u = jnp.where(usable, (lam - origin[None]) / width[None], 0.0).at[0].set(0.0)
     d = decay(eta, h)
     moments = exponential_moments(h + d, len(lam))
     c = newton(u, usable, history.values)
@@ -158,7 +162,7 @@ def dpmpp_3m_sde(eta=1.0) -> Sampler:
 def unipc(order=2, variant: str = "bh2") -> Sampler:
     """UniPC (Zhao et al. 2023): predict with `order` answers; when the next one arrives, redo that step with it as well.
 
-    Converges at order + 1. order: 1, 2 or 3, may be traced. variant: "bh1" or "bh2", the paper's two B(h), which differ only where
+    Converges at order + 1. order: 1, 2 or 3, a number or [B], may be traced. variant: "bh1" or "bh2", the paper's two B(h), which differ only where
     two answers are used. The last step is not corrected, as that would take one more call.
     """
     check_option("unipc", "order", order, (1, 2, 3))
@@ -192,17 +196,17 @@ def _with_mean_eps(schedule: Schedule, x0: Array, eps: Array, mean: Array, t: Ar
 
 
 def lms(order=4) -> Sampler:
-    """The linear multistep method: equation (6) with up to `order` answers, 1 to 4, may be traced (Adams-Bashforth, unequal steps)."""
+    """The linear multistep method: equation (6) with up to `order` answers, 1 to 4, a number or [B], may be traced (Adams-Bashforth, unequal steps)."""
     check_option("lms", "order", order, (1, 2, 3, 4))
 
     def step(denoise, schedule, x, t, s, key, history):
         x0, eps = estimate(denoise, schedule, x, t)
         history = remember(history, t, eps)
         tau, tau_t = noise_ratio(schedule, history.times), noise_ratio(schedule, t)
-        usable = jnp.isfinite(tau) & jnp.isfinite(history.times) & (jnp.arange(4) < order)[:, None]
+        usable = jnp.isfinite(tau) & jnp.isfinite(history.times) & _newest(4, order, t)
         origin = jnp.where(usable[0], tau_t, 0.0)
         width = jnp.where(usable[0], noise_ratio(schedule, s) - origin, 1.0)
-        u = jnp.where(usable, (tau - origin) / width, 0.0)
+        u = jnp.where(usable, (tau - origin[None]) / width[None], 0.0)
         mean = integrate(u, newton(u, usable, history.values), uniform_moments(4))
         return _with_mean_eps(schedule, x0, eps, mean, t, s), history
 

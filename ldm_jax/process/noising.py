@@ -62,7 +62,10 @@ class Schedule:
     def on_grid(self, t: Array) -> Array:
         """The first t_k at or after t (to 1e-3 of a step, so that t_k is its own); t itself where the process is continuous."""
         T = self.timesteps
-        return t if T is None else jnp.clip(jnp.ceil(t * T - 1e-3), 1, T) / T
+        if T is None:
+            return t
+        k = jnp.maximum(jnp.ceil(t * T - 1e-3), 1)
+        return jnp.where(k >= T, 1.0, k / T)
 
     @property
     def zero_terminal_snr(self) -> bool:

@@ -10,6 +10,7 @@ from ldm_jax.process.adaptive import ode
 from ldm_jax.process.grids import GRIDS
 from ldm_jax.process.langevin import annealed_langevin, predictor_corrector
 from ldm_jax.process.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, lms, pndm, unipc
+from ldm_jax.process.noising import is_traced
 from ldm_jax.process.schedules import Schedule
 from ldm_jax.process.singlestep import ddim, ddim_inversion, ddpm, dpmpp_2s, edm, euler, euler_ancestral, euler_maruyama, heun
 from ldm_jax.process.stepping import Sampler
@@ -49,7 +50,7 @@ def prior(schedule: Schedule, key: Array, shape) -> Array:
 
 
 def _capacity(steps, capacity: Optional[int]) -> int:
-    if isinstance(steps, jax.core.Tracer):
+    if is_traced(steps):
         if capacity is None:
             raise UserError("steps is traced, so the number of steps to make room for is unknown; give capacity, an int")
         return capacity

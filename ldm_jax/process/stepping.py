@@ -20,10 +20,10 @@ lambda are undefined, and lambda = inf at sigma = 0: each method says to which s
 """
 from typing import Any, Callable, NamedTuple, Optional, Tuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.process.noising import is_traced
 from ldm_jax.process.parameterizations import eps_of_x0
 from ldm_jax.process.schedules import Schedule
 from ldm_jax.types import Array, Denoise, UserError, expand, normal, split_prediction
@@ -111,12 +111,10 @@ def order_if(deterministic, order: int) -> Optional[int]:
 
 
 def check_option(sampler: str, name: str, value, allowed) -> None:
-    """Refuses an option outside `allowed`; a traced number cannot be checked and passes.
+    """Refuses an option with a value outside `allowed`; a traced one cannot be checked and passes.
 
     Raises:
       UserError: naming the sampler, the option and the choices.
     """
-    if isinstance(value, jax.core.Tracer):
-        return
-    if np.ndim(value) or value not in allowed:
+    if not is_traced(value) and not np.all(np.isin(value, allowed)):
         raise UserError(f"{name}={value!r} of sampler {sampler!r} is not known; choose from: {', '.join(map(str, allowed))}")

