@@ -37,7 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.first_stage = get_first_stage(data)
     config.first_stage_dir = ""  # the workdir of a finished first stage, to be used in place of training one
     config.data = data
-    config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple", class_dropout=0.1)
+    config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple", class_dropout=0.1,
+                          learned_variance=False)
     config.net = dict(
         name="unet",
         unet=dict(width=128, mults=(1, 2, 2), num_res_blocks=2, attention=(8,), num_heads=4, dropout=0.1),

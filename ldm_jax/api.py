@@ -43,7 +43,7 @@ class Pipeline:
         return {name: (net, self.params[name]) for name, net in self.system.nets.items()}
 
     def sample(self, key: Any, num: Optional[int] = None, cond: Any = None, steps: Optional[int] = None, sampler: Optional[str] = None,
-               guidance: Any = None, x_init: Optional[Array] = None, *, grid: Optional[str] = None, batch_size: Optional[int] = None,
+               guidance: Any = None, x_init: Optional[Array] = None, *, grid: Any = None, batch_size: Optional[int] = None,
                trajectory: bool = False, **options: Any) -> Any:
         """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
 
@@ -51,8 +51,8 @@ class Pipeline:
           key: a `jax.random.key`, or an int seed.
           num: how many; by default as many as `cond` or `x_init` has, else 16.
           cond: class ids [num]; None is unconditional.
-          steps, sampler, guidance, grid: rows of `process.SAMPLERS` and `process.GRIDS` and their settings; the run's where None.
-            guidance is u + guidance (c - u): 1 is off.
+          steps, sampler, guidance, grid: the run's where None. sampler is a row of `process.SAMPLERS`, grid one of `process.GRIDS` or a
+            function of the same form, such as functools.partial(grids.karras, rho=5); guidance is u + guidance (c - u): 1 is off.
           x_init: the starting noise [num, ...], N(0, I), in the space that is diffused.
           batch_size: pictures at a time; the last batch is padded.
           trajectory: also return the pictures at every step, [steps + 1, num, H, W, C].
@@ -69,12 +69,10 @@ class Pipeline:
         sampler = sampler or self.defaults["name"]
         steps = _positive("steps", self.defaults["steps"] if steps is None else steps)
         grid = grid or self.defaults["grid"]
-        lookup(process.GRIDS, grid, "grid")
+        if isinstance(grid, str):
+            lookup(process.GRIDS, grid, "grid")
         options = {**dict(self.defaults.get(sampler) or {}), **options}
-        try:
-            lookup(process.SAMPLERS, sampler, "sampler")(**options)
-        except TypeError as error:
-            raise UserError(f"sampler {sampler!r} cannot be made with options {options}: {error}") from error
+        process.samplers.make_sampler(sampler, **options)
         key = _key(key)
         num = _positive("num", num if num is not None else _length(cond, x_init))
         guidance = self._guidance(guidance, cond, num)
@@ -131,7 +129,7 @@ class Pipeline:
 
 
 def _sample(make, params, x, keys, cond, guidance, steps, traced, *, sampler, static, grid, capacity, trajectory):
-    out = make(params, x, keys, cond, sampler=process.SAMPLERS[sampler](**traced, **dict(static)), steps=steps, capacity=capacity,
+    out = make(params, x, keys, cond, sampler=process.samplers.make_sampler(sampler, **traced, **dict(static)), steps=steps, capacity=capacity,
                grid=grid, guidance=guidance, trajectory=trajectory)
     return jax.tree.map(to_unit, out)
 

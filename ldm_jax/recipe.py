@@ -38,7 +38,9 @@ def _autoencoder(config: Mapping[str, Any]):
 
 def _net(config: Mapping[str, Any], image_shape):
     from ldm_jax import models
-    return choose(models.NETS, config["net"], "net", image_shape=image_shape, num_classes=config["data"]["num_classes"])
+    channels = image_shape[-1] * (2 if config["process"].get("learned_variance") else 1)
+    return choose(models.NETS, config["net"], "net", image_shape=image_shape, num_classes=config["data"]["num_classes"],
+                  out_channels=channels)
 
 
 def _process(config: Mapping[str, Any]) -> dict:
@@ -77,7 +79,7 @@ def build_system(config: Mapping[str, Any]):
 def build_sampler(section: Mapping[str, Any]) -> process.Sampler:
     """The sampling method of a `sampler` section. Built before training too, so that a mistake in it is known before hours are spent."""
     lookup(process.GRIDS, section["grid"], "grid")
-    return choose(process.SAMPLERS, section, "sampler")
+    return process.samplers.make_sampler(section["name"], **dict(section.get(section["name"]) or {}))
 
 
 def build_optimizer(config: Mapping[str, Any], steps: int):

@@ -13,7 +13,7 @@ from ldm_jax import api, recipe
 from ldm_jax.data.pipeline import batches
 from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
-from ldm_jax.systems import latent as latent_system
+from ldm_jax.systems.latent import measure
 from ldm_jax.training.loop import train as train_loop
 from ldm_jax.training.sharding import batch_sharding, make_mesh
 from ldm_jax.types import UserError, to_signed, to_unit
@@ -115,7 +115,7 @@ def _first_stage(config: Config, workdir: str, source) -> Dict[str, Any]:
     size = config["first_stage"]["train"]["batch_size"]
     ids = np.random.default_rng(config["seed"]).permutation(source.size)[:max(size, min(source.size, 4096))]
     images = (source.read(part)["image"] for part in np.array_split(ids, -(-len(ids) // size)))
-    statistics = latent_system.measure(autoencoder, params, images, jax.random.key(config["seed"]))
+    statistics = measure(autoencoder, params, images, jax.random.key(config["seed"]))
     say("latents: shift {shift}, scale {scale}".format(**{k: np.round(np.asarray(v), 3) for k, v in statistics.items()}))
     return {"autoencoder": params, "latent": statistics}
 

@@ -74,16 +74,19 @@ MIXTURE = Mixture(np.array([0.3, 0.5, 0.2]), np.array([[1.5, 0.0], [-0.8, 1.0], 
                   np.array([[[0.10, 0.03], [0.03, 0.20]], [[0.15, -0.05], [-0.05, 0.08]], [[0.05, 0.0], [0.0, 0.05]]]))
 
 
-def side_by_side(schedules):
-    """One schedule whose example i, on the last axis of t, follows schedules[i]: many schedules in one compilation."""
+def side_by_side(schedules, each=1):
+    """One schedule whose examples i * each .. follow schedules[i]: many schedules in one compilation. Examples: t's last axis."""
+    n = len(schedules)
+
     def pick(name):
         def f(t):
-            t = jnp.broadcast_to(t, jnp.broadcast_shapes(jnp.shape(t), (len(schedules),)))
-            return jnp.stack([getattr(s, name)(t[..., i]) for i, s in enumerate(schedules)], -1)
+            t = jnp.broadcast_to(t, jnp.broadcast_shapes(jnp.shape(t), (n * each,)))
+            parts = t.reshape(t.shape[:-1] + (n, each))
+            return jnp.stack([getattr(s, name)(parts[..., i, :]) for i, s in enumerate(schedules)], -2).reshape(t.shape)
         return f
 
-    return dataclasses.replace(schedules[0], name="side_by_side", timesteps=None, **{name: pick(name) for name in (
-        "alpha", "sigma", "logsnr", "t_of_logsnr")})
+    functions = {name: pick(name) for name in ("alpha", "sigma", "logsnr", "t_of_logsnr")}
+    return dataclasses.replace(schedules[0], name="side_by_side", timesteps=None, **functions)
 
 
 def ode_solution(mixture, y, lam_from, lam_to, steps=2000):

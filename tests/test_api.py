@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from ldm_jax import api, run
+from ldm_jax import api
 from ldm_jax.types import UserError
 from tests.conftest import ROOT
-from tests.runs import smoke
+from tests.runs import main
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("digits"))
-    run.train(smoke("digits"), path)
+    result = main("--config=configs/digits.py:smoke", f"--workdir={path}")
+    assert result.returncode == 0, result.stderr
     return path
 
 
@@ -93,7 +94,7 @@ def test_overrides(workdir):
     (dict(cond=[1], steps=2.5), "steps=2.5"),
     (dict(cond=[1, 2], guidance=[1.0, 2.0, 3.0]), "guidance has shape"),
     (dict(cond=[1], x_init=np.zeros((1, 4, 4, 1))), "x_init has shape"),
-    (dict(cond=[1], churn=1.0), "cannot be made with options"),
+    (dict(cond=[1], churn=1.0), "has no option churn; it takes: eta"),
 ])
 def test_mistakes_are_named(pipeline, mistake, says):
     with pytest.raises(UserError, match=says.replace("(", "\\(")):

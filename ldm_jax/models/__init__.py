@@ -1,4 +1,4 @@
-"""The networks, the only part that knows Flax: builders by name, and what they build as pure functions over dicts of parameters."""
+"""The networks, the only part that knows Flax: builders by name; what they build is pure functions over dicts of parameters."""
 from ldm_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ldm_jax.models.dit import dit
 from ldm_jax.models.net import Net

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ldm_jax.models import layers
 from ldm_jax.models.init import fan_avg, initialise
-from ldm_jax.models.layers import AttentionBlock, GroupNorm, ResBlock, conv, dense
+from ldm_jax.models.layers import AttentionBlock, GroupNorm, ResBlock, conv
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -189,11 +189,13 @@ def kl(image_shape: Sequence[int], factor: int = 4, latent_channels: int = 4, *,
     layers.check_groups(width, norm_groups)
     heights = [H >> i for i in range(levels)]
     if not set(attention) <= set(heights):
-        raise UserError(f"attention={tuple(attention)} names a resolution that the autoencoder has not; its levels have {tuple(heights)}")
+        raise UserError(f"attention={tuple(attention)} names a resolution that the autoencoder has not; "
+                        f"its levels have {tuple(heights)}")
     lookup(layers.ATTENTION, attention_impl, "attention_impl")
     compute = layers.compute_dtype(dtype)
-    coder = dict(width=width, mults=mults, num_res_blocks=num_res_blocks, dropout=dropout, groups=norm_groups,
-                 attend=tuple(h in set(attention) for h in heights) + (bool(mid_attention),), attention_impl=attention_impl, dtype=compute)
+    attend = tuple(h in set(attention) for h in heights) + (bool(mid_attention),)
+    coder = dict(width=width, mults=mults, num_res_blocks=num_res_blocks, attend=attend, dropout=dropout, groups=norm_groups,
+                 attention_impl=attention_impl, dtype=compute)
     module = KL(tuple(coder.items()), C, latent_channels, quant, compute)
     return Autoencoder(module, image_shape, (H // factor, W // factor, latent_channels), factor, dropout > 0)
 

@@ -190,7 +190,8 @@ def dit(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chann
         raise UserError(f"width={width} of the DiT must be divisible by 4, for the positions")
     heads = heads_of(width, num_heads, None)
     if rotary and (width // heads) % 4:
-        raise UserError(f"rotary positions need heads of a width divisible by 4; width={width} with num_heads={heads} gives {width // heads}")
+        raise UserError(f"rotary positions need heads of a width divisible by 4; width={width} with num_heads={heads} gives "
+                        f"{width // heads}")
     lookup(NORMS, norm, "norm of the DiT")
     lookup(REMAT, remat, "remat")
     lookup(layers.ATTENTION, attention_impl, "attention_impl")

@@ -48,7 +48,7 @@ def num_groups(channels: int, groups: Optional[int] = None) -> int:
 def check_groups(channels: int, groups: Optional[int]) -> None:
     """Raises UserError when `groups` are asked for and do not divide `channels`."""
     if groups and channels % groups:
-        raise UserError(f"norm_groups={groups} does not divide a layer of {channels} channels; choose a divisor, or None to adapt")
+        raise UserError(f"norm_groups={groups} does not divide a layer of {channels} channels; choose a divisor, or None")
 
 
 class GroupNorm(nn.Module):

@@ -73,8 +73,8 @@ class Net:
             cond["class"] = jnp.full((batch,), self.num_classes, jnp.int32)
         extra = set(cond) - takes - ({"context_mask"} if "context" in takes else set())
         if extra or takes - set(cond):
-            raise UserError(f"this network takes the conditions {sorted(takes)} and was given {sorted(cond)}; "
-                            f"give it exactly those, or build it for the others (num_classes, context_dim, vector_dim, concat_channels)")
+            raise UserError(f"this network takes the conditions {sorted(takes)} and was given {sorted(cond)}; give it exactly "
+                            f"those, or build it for the others (num_classes, context_dim, vector_dim, concat_channels)")
         return cond
 
 

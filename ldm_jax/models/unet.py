@@ -10,7 +10,6 @@ up, each level has one block more and each block takes the output kept last, so 
 from typing import Any, Optional, Sequence, Tuple, Union
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from ldm_jax.models import layers
@@ -70,7 +69,7 @@ class SpatialTransformer(nn.Module):
 
 
 class UNet(nn.Module):
-    """See `unet`; `attend[i]` says whether level i has attention, `depths[i]` its transformer depth, the last entry the middle's."""
+    """See `unet`; `attend[i]` says whether level i has attention, `depths[i]` its transformer depth; last comes the middle."""
     out_channels: int
     width: int
     mults: Tuple[int, ...]
@@ -203,7 +202,8 @@ def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chan
     if attention is None:
         attention = [16] if 16 in heights else []
     if not set(attention) <= set(heights):
-        raise UserError(f"attention={tuple(attention)} names a resolution that the U-Net has not; its levels have {tuple(heights)}")
+        raise UserError(f"attention={tuple(attention)} names a resolution that the U-Net has not; "
+                        f"its levels have {tuple(heights)}")
     depths = (transformer_depth,) * len(mults) if isinstance(transformer_depth, int) else tuple(transformer_depth)
     if len(depths) != len(mults):
         raise UserError(f"transformer_depth={depths} must be one number or one for each of the {len(mults)} levels")
@@ -213,7 +213,8 @@ def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chan
     for i, a in enumerate(attend + (mid_attention,)):
         if a:
             heads_of(width * (mults + mults[-1:])[i], num_heads, head_width)
-    for name, value, table in (("resample", resample, ("block", "conv", "conv_centred")), ("time_order", time_order, ("cos_sin", "sin_cos"))):
+    for name, value, table in (("resample", resample, ("block", "conv", "conv_centred")),
+                               ("time_order", time_order, ("cos_sin", "sin_cos"))):
         if value not in table:
             raise UserError(f"unknown {name} {value!r} of the U-Net; choose from: {', '.join(table)}")
     lookup(layers.ATTENTION, attention_impl, "attention_impl")
@@ -223,21 +224,23 @@ def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chan
         num_classes=num_classes, vector=bool(vector_dim), dropout=dropout, resample=resample, scale_shift=scale_shift,
         time_order=time_order, eps=norm_eps, groups=norm_groups, attention_impl=attention_impl, remat=remat,
         dtype=layers.compute_dtype(dtype))
-    return Net(module, image_shape, out_channels or C, time_scale, timesteps, num_classes, context_dim, vector_dim, concat_channels,
-               dropout > 0)
+    return Net(module, image_shape, out_channels or C, time_scale, timesteps, num_classes, context_dim, vector_dim,
+               concat_channels, dropout > 0)
 
 
 # Published networks as arguments of `unet`: all but ADM's class table, which has no null class there.
-_ADM = dict(head_width=64, resample="block", scale_shift=True, time_order="cos_sin", out_channels=6, num_classes=1000, timesteps=1000)
+_ADM = dict(head_width=64, resample="block", scale_shift=True, time_order="cos_sin", out_channels=6, num_classes=1000,
+            timesteps=1000)
 _SD = dict(image_shape=(64, 64, 4), width=320, num_heads=8, resample="conv_centred", time_order="cos_sin", timesteps=1000)
 UNETS = {
     "ddpm_cifar": dict(image_shape=(32, 32, 3), dropout=0.1, timesteps=1000, norm_eps=1e-6),
-    "adm_64": dict(_ADM, image_shape=(64, 64, 3), width=192, mults=(1, 2, 3, 4), num_res_blocks=3, attention=(32, 16, 8), dropout=0.1),
+    "adm_64": dict(_ADM, image_shape=(64, 64, 3), width=192, mults=(1, 2, 3, 4), num_res_blocks=3, attention=(32, 16, 8),
+                   dropout=0.1),
     "adm_128": dict(_ADM, image_shape=(128, 128, 3), width=256, mults=(1, 1, 2, 3, 4), attention=(32, 16, 8), num_heads=4,
                     head_width=None),
     "adm_256": dict(_ADM, image_shape=(256, 256, 3), width=256, mults=(1, 1, 2, 2, 4, 4), attention=(32, 16, 8)),
     "sd_1": dict(_SD, mults=(1, 2, 4, 4), attention=(64, 32, 16), transformer_depth=1, context_dim=768),
     "sd_2": dict(_SD, mults=(1, 2, 4, 4), attention=(64, 32, 16), transformer_depth=1, context_dim=1024, head_width=64),
-    "sdxl": dict(_SD, image_shape=(128, 128, 4), mults=(1, 2, 4), attention=(64, 32), transformer_depth=(0, 2, 10), context_dim=2048,
-                 head_width=64, vector_dim=2816),
+    "sdxl": dict(_SD, image_shape=(128, 128, 4), mults=(1, 2, 4), attention=(64, 32), transformer_depth=(0, 2, 10),
+                 context_dim=2048, head_width=64, vector_dim=2816),
 }

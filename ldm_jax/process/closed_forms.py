@@ -1,7 +1,7 @@
 """Continuous schedules in closed form, each with its closed inverse.
 
-Where a paper's formula would need a clip, which has no inverse, or would lose its precision in float32 at an end, the formula here is
-an equal one without that: the docstring says which. `noising.py` has the families and the discrete processes.
+Where a paper's formula would need a clip, which has no inverse, or would lose its precision in float32 at an end, the formula
+here is an equal one without that: the docstring says which. `noising.py` has the families and the discrete processes.
 """
 import math
 
@@ -55,8 +55,8 @@ def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
     """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t for t > 0 (Song et al. 2021, appendix C).
 
-    The process adds sigma_min at once: sigma jumps to 0 at t = 0, which is data here as everywhere. A logsnr above that of sigma_min
-    has the time `SMALLEST_TIME`.
+    The process adds sigma_min at once: sigma jumps to 0 at t = 0, which is data here as everywhere. A logsnr above that of
+    sigma_min has the time `SMALLEST_TIME`.
     """
     if not 0 < sigma_min < sigma_max:
         raise UserError(f"noise levels must satisfy 0 < sigma_min < sigma_max; got {sigma_min!r} and {sigma_max!r}")
@@ -91,7 +91,8 @@ def cosine_continuous(s: float = 0.0) -> Schedule:
     """alpha = cos(theta(t)) / cos(theta(0)), theta(t) = (t + s) / (1 + s) pi / 2, variance preserving. alpha(1) = 0.
 
     Nichol & Dhariwal 2021, eq. 17, without the clip; with s = 0, logsnr = -2 log tan(pi t / 2) (Hoogeboom et al. 2023). alpha is
-    written as the sine of the complement, sigma^2 as sin(theta(t) - theta(0)) sin(theta(t) + theta(0)) / cos^2(theta(0)): both ends exact.
+    written as the sine of the complement, sigma^2 as sin(theta(t) - theta(0)) sin(theta(t) + theta(0)) / cos^2(theta(0)): both
+    ends exact.
     """
     if not s >= 0:
         raise UserError(f"the offset s of schedule 'cosine_continuous' must be at least 0; got {s!r}")
@@ -116,10 +117,10 @@ def cosine_continuous(s: float = 0.0) -> Schedule:
 
 
 def sigmoid(start: float = -3.0, end: float = 3.0, tau: float = 1.0, floor: float = 1e-9) -> Schedule:
-    """alpha^2 = (S(end) - S(start + (end - start) t)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)) (Chen 2023, algorithm 1).
+    """alpha^2 = (S(end) - S(start + (end - start) t)) / (S(end) - S(start)), S(u) = 1 / (1 + exp(-u / tau)) (Chen 2023).
 
-    `floor` is mixed in, alpha^2 -> floor + (1 - floor) alpha^2, where the paper clips. Differences of S are written with sinh and cosh,
-    S(u) - S(v) = sinh((u - v) / 2 tau) / (2 cosh(u / 2 tau) cosh(v / 2 tau)), so that neither end cancels.
+    `floor` is mixed in, alpha^2 -> floor + (1 - floor) alpha^2, where the paper clips. Differences of S are written with sinh and
+    cosh, S(u) - S(v) = sinh((u - v) / 2 tau) / (2 cosh(u / 2 tau) cosh(v / 2 tau)), so that neither end cancels.
     """
     if not (start < end and tau > 0 and 0 < floor < 1):
         raise UserError(f"schedule 'sigmoid' needs start < end, tau > 0 and floor in (0, 1); got start={start!r}, end={end!r}, "
@@ -146,10 +147,11 @@ def sigmoid(start: float = -3.0, end: float = 3.0, tau: float = 1.0, floor: floa
 
 
 def laplace(mu: float = 0.0, b: float = 0.5, logsnr_min: float = -6.0) -> Schedule:
-    """logsnr = mu - b sgn(1/2 - u) log(1 - 2 |u - 1/2|): for uniform u, logsnr is Laplace(mu, b) (Hang et al. 2024). Variance preserving.
+    """logsnr = mu - b sgn(1/2 - u) log(1 - 2 |u - 1/2|): for uniform u, logsnr is Laplace(mu, b) (Hang et al. 2024).
 
-    u = t (1 - delta) stops short of 1, where alpha would be 0 with an infinite slope: logsnr(1) = `logsnr_min`, as far as t resolves in
-    float32. Most of the noising happens near the ends, so steps that are even in logsnr suit it better than steps that are even in t.
+    Variance preserving. u = t (1 - delta) stops short of 1, where alpha would be 0 with an infinite slope: logsnr(1) = `logsnr_min`, as far
+    as t resolves in float32. Most of the noising happens near the ends, so steps that are even in logsnr suit it better than steps
+    that are even in t.
     """
     if not (b > 0 and logsnr_min < mu):
         raise UserError(f"schedule 'laplace' needs b > 0 and logsnr_min < mu; got mu={mu!r}, b={b!r}, logsnr_min={logsnr_min!r}")

@@ -37,7 +37,7 @@ def discretized_log_likelihood(x: Array, mean: Array, log_std: Array, bins: int 
     upper = low > -high
     a, b = jnp.where(upper, -high, low), jnp.where(upper, -low, high)
     log_b = jax.scipy.special.log_ndtr(b)
-    gap = jax.scipy.special.log_ndtr(jnp.where(jnp.isinf(a), b - 1, a)) - log_b  # < 0; finite also where a = -inf, for the gradient
+    gap = jax.scipy.special.log_ndtr(jnp.where(jnp.isinf(a), b - 1, a)) - log_b  # < 0, made finite at a = -inf
     return log_b + jnp.where(jnp.isinf(a), 0.0, jnp.log(-jnp.expm1(jnp.minimum(gap, -1e-7))))
 
 
@@ -72,7 +72,8 @@ def interpolated_log_variance(schedule: Schedule, t: Array, s: Array, frac: Arra
     return frac * large + (1 - frac) * small
 
 
-def vlb_term(schedule: Schedule, x0: Array, x_t: Array, t: Array, s: Array, prediction: Array, logvar: Array, bins: int = 256) -> Array:
+def vlb_term(schedule: Schedule, x0: Array, x_t: Array, t: Array, s: Array, prediction: Array, logvar: Array,
+             bins: int = 256) -> Array:
     """One step's term of the variational bound, elementwise nats [B, ...] (Ho et al. 2020, eq. 5).
 
     KL( q(x_s | x_t, x0) || p(x_s | x_t) ) where s > 0, and the decoder -log p(x0 | x_t) of eq. 13 where s = 0, for

@@ -1,11 +1,13 @@
 """Time grids: which times a sampler visits, from 1 (noise) down to 0 (data). The grid owns the end points.
 
 A grid is a function (schedule, steps, capacity) -> times [capacity + 1]. `steps` may be a traced number, so that changing it
-does not compile again; entries after `steps` repeat the last time and are skipped by the sampling loop. Numeric options may be traced too.
+does not compile again; entries after `steps` repeat the last time and are skipped by the sampling loop. Numeric options may be
+traced too.
 
-Grids of a discrete process are stated in its integer steps k, t = (k + 1) / T; a continuous process is given T = 1000 there. Fewer than
-all steps may leave the first time below 1: what `sample` is given then should hold the noise of that time, or the published habit be
-followed of starting with the noise of t = 1. Grids in noise levels use the ratio q = sigma / alpha = exp(-logsnr / 2).
+Grids of a discrete process are stated in its integer steps k, t = (k + 1) / T; a continuous process is given T = 1000 there.
+Fewer than all steps may leave the first time below 1: what `sample` is given then should hold the noise of that time, or the
+published habit be followed of starting with the noise of t = 1. Grids in noise levels use the
+ratio q = sigma / alpha = exp(-logsnr / 2).
 """
 from typing import Callable, Optional, Sequence, Union
 
@@ -18,7 +20,7 @@ from ldm_jax.types import Array, UserError, lookup
 
 CONTINUOUS_STEPS = 1000  # the T of a continuous process in grids of integer steps
 SMALLEST_RATIO = 0.002  # the least q of a continuous process, Karras et al. 2022
-LARGEST_RATIO = 160.0  # the most q counted from, just beyond the 1000-step linear table: t near 1 resolves no larger ones in float32
+LARGEST_RATIO = 160.0  # the most q counted from, just beyond the linear table's: float32 times near 1 resolve no larger
 
 
 def _index(steps, capacity: int) -> Array:
@@ -27,7 +29,7 @@ def _index(steps, capacity: int) -> Array:
 
 
 def _rounded_ratio(a: Array, b) -> Array:
-    """a / b rounded to the nearest whole number, halves to the even one, in integers: float32 would decide ties by its rounding."""
+    """a / b rounded to the nearest whole number, halves to the even one, in integers: float32 would decide ties at random."""
     q, r = a // b, a % b
     return q + ((2 * r > b) | ((2 * r == b) & (q % 2 == 1)))
 
@@ -57,7 +59,7 @@ def uniform(schedule: Schedule, steps, capacity: int) -> Array:
 
 
 def trailing(schedule: Schedule, steps, capacity: int) -> Array:
-    """k_i = round(T - i T / steps) - 1: `uniform` on whole steps, starting at k = T - 1 (Lin et al. 2024, table 2)."""
+    """k_i = round(T - i T / steps) - 1: `uniform` on whole steps, starting at k = T - 1 (Lin et al. 2024)."""
     T, i = _steps_of(schedule, steps), _index(steps, capacity)
     return _ending(_part(_rounded_ratio(T * (steps - i), steps), T), i, steps)
 
@@ -65,7 +67,7 @@ def trailing(schedule: Schedule, steps, capacity: int) -> Array:
 def leading(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool = True) -> Array:
     """k_i = (steps - 1 - i) (T // steps) + offset: from k = `offset` up in whole strides, which leaves out the noisiest steps.
 
-    (Song, Meng & Ermon 2021, appendix D.2, linear; Stable Diffusion has offset = 1.) With endpoint=False the stride is
+    (Song, Meng & Ermon 2021; Stable Diffusion has offset = 1.) With endpoint=False the stride is
     T // (steps + 1) and the lowest of the steps + 1 values is left out.
     """
     T, i = _steps_of(schedule, steps), _index(steps, capacity)
@@ -75,9 +77,10 @@ def leading(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool =
 
 
 def linspace(schedule: Schedule, steps, capacity: int, offset=0, endpoint: bool = True, rounded: bool = True) -> Array:
-    """k_i evenly from T - 1 to 0, both included, plus `offset` where that stays within the process (Nichol & Dhariwal 2021, section 4).
+    """k_i evenly from T - 1 to 0, both included, plus `offset` where that stays within the process.
 
-    endpoint=False divides by steps instead of steps - 1, so that k = 0 is not visited; rounded=False leaves k between whole steps.
+    (Nichol & Dhariwal 2021, section 4.) endpoint=False divides by steps instead of steps - 1, so that k = 0 is not visited;
+    rounded=False leaves k between whole steps.
     """
     T, i = _steps_of(schedule, steps), _index(steps, capacity)
     last = jnp.maximum(steps - 1, 1) if endpoint else steps
@@ -108,8 +111,8 @@ def _in_ratios(schedule: Schedule, log_ratio: Array, i: Array, steps, whole: boo
 def karras(schedule: Schedule, steps, capacity: int, rho=7.0, sigma_min=None, sigma_max=None) -> Array:
     """q_i^(1/rho) linear from sigma_max to sigma_min in `steps` values, then 0 (Karras et al. 2022, eq. 5).
 
-    sigma_max, sigma_min: values of q. None for the process's own: q(1), at most 160, where the grid starts at t = 1 all the same, and
-    q(1 / T), of a continuous process at least 0.002.
+    sigma_max, sigma_min: values of q. None for the process's own: q(1), at most 160, where the grid starts at t = 1 all the same,
+    and q(1 / T), of a continuous process at least 0.002.
     """
     low, high = _ratios(schedule, sigma_min, sigma_max)
     i = _index(steps, capacity)
@@ -127,7 +130,7 @@ def exponential(schedule: Schedule, steps, capacity: int, sigma_min=None, sigma_
 
 
 def logsnr_uniform(schedule: Schedule, steps, capacity: int, sigma_min=None, sigma_max=None) -> Array:
-    """`steps` equal intervals of logsnr from sigma_max to sigma_min, the last of which ends at 0 instead (Lu et al. 2022, section 3.3).
+    """`steps` equal intervals of logsnr from sigma_max to sigma_min, the last of which ends at 0 instead (Lu et al. 2022).
 
     `exponential` has one interval less between the two and a step of its own from sigma_min to 0.
     """
@@ -149,7 +152,8 @@ def explicit(schedule: Schedule, steps, capacity: int, timesteps: Optional[Seque
     """The integer steps k listed in `timesteps`, decreasing, then 0. `steps` is to be their number. None: `trailing`.
 
     Raises:
-      UserError: for a list that does not decrease, leaves 0..T-1, exceeds `capacity` or has another length than an untraced `steps`.
+      UserError: for a list that does not decrease, leaves 0..T-1, exceeds `capacity` or has another length than an untraced
+        `steps`.
     """
     if timesteps is None:
         return trailing(schedule, steps, capacity)
@@ -167,8 +171,8 @@ def explicit(schedule: Schedule, steps, capacity: int, timesteps: Optional[Seque
 def spaced_timesteps(T: int, sections: Union[str, int, Sequence[int]]) -> np.ndarray:
     """Integer steps of improved DDPM's respacing, increasing (Nichol & Dhariwal 2021, section 4).
 
-    sections: "ddimN" for every s-th step from 0 with the least whole stride s that gives N; or counts, such as 25 or (10, 10, 5) or
-    "10,10,5", one for each of as many equal parts of the process, each spaced evenly from its first step to its last.
+    sections: "ddimN" for every s-th step from 0 with the least whole stride s that gives N; or counts, such as 25 or (10, 10, 5)
+    or "10,10,5", one for each of as many equal parts of the process, each spaced evenly from its first step to its last.
 
     Raises:
       UserError: when no stride gives N, or a part has fewer steps than asked for.
@@ -177,7 +181,8 @@ def spaced_timesteps(T: int, sections: Union[str, int, Sequence[int]]) -> np.nda
         N = _count(sections[4:])
         stride = -(-T // N)
         if not 1 <= N <= T or -(-T // stride) != N:
-            raise UserError(f"no whole stride takes {N} of {T} steps ('ddim{N}'); choose another number, such as {-(-T // stride)}")
+            raise UserError(f"no whole stride takes {N} of {T} steps ('ddim{N}'); choose another number, "
+                            f"such as {-(-T // max(stride, 1))}")
         return np.arange(0, T, stride)
     if isinstance(sections, str):
         sections = [_count(part) for part in sections.split(",")]
@@ -200,7 +205,7 @@ def _count(text: str) -> int:
 
 
 def respaced(schedule: Schedule, steps, capacity: int, sections: Union[None, str, int, Sequence[int]] = None) -> Array:
-    """The steps of `spaced_timesteps`, noisiest first, then 0. None: the whole strides of "ddimN" for N = steps, which may then be traced."""
+    """The steps of `spaced_timesteps`, noisiest first, then 0. None: "ddimN" for N = steps, which may then be traced."""
     T = _steps_of(schedule, steps)
     if sections is not None or not is_traced(steps):
         return explicit(schedule, steps, capacity, spaced_timesteps(T, f"ddim{steps}" if sections is None else sections)[::-1])
@@ -209,5 +214,5 @@ def respaced(schedule: Schedule, steps, capacity: int, sections: Union[None, str
     return _ending(_part(jnp.clip(k, 0, T - 1) + 1, T), i, steps)
 
 
-GRIDS = {"uniform": uniform, "trailing": trailing, "leading": leading, "linspace": linspace, "karras": karras, "exponential": exponential,
-         "logsnr_uniform": logsnr_uniform, "shifted": shifted, "explicit": explicit, "respaced": respaced}
+GRIDS = {"uniform": uniform, "trailing": trailing, "leading": leading, "linspace": linspace, "karras": karras,
+         "exponential": exponential, "logsnr_uniform": logsnr_uniform, "shifted": shifted, "explicit": explicit, "respaced": respaced}

@@ -45,7 +45,7 @@ def annealed_langevin(delta=0.1, repeats=10) -> Sampler:
 
 
 def predictor_corrector(predictor: Union[str, Sampler] = "ddpm", snr=0.16, repeats=1) -> Sampler:
-    """A step of `predictor`, then `repeats` times equation (7) at the time reached, delta = 2 snr^2 (Song et al. 2021, algorithms 2-5).
+    """A step of `predictor`, then `repeats` times equation (7) at the time reached, delta = 2 snr^2 (Song et al. 2021, section 4.2).
 
     The paper's delta sigma^2 = 2 (snr |z| / |score|)^2, with the norms replaced by what they concentrate at in many dimensions,
     sqrt(D) and sqrt(D) / sigma; so it depends neither on the batch nor on the draw. Nothing follows the step into sigma = 0.

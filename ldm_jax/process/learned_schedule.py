@@ -1,4 +1,4 @@
-"""A noise schedule that is trained with the network: logsnr(t) = -gamma(t) with gamma monotone (Kingma et al. 2021, appendix H).
+"""A noise schedule that is trained with the network: logsnr(t) = -gamma(t) with gamma monotone (Kingma et al. 2021).
 
     g(t) = l1 t + b1 + w3 . sigmoid(w2 (l1 t + b1) + b2)                         all of l1, w2, w3 positive
     gamma(t) = gamma_min + (gamma_max - gamma_min) (g(t) - g(0)) / (g(1) - g(0))
@@ -23,10 +23,12 @@ def init_learned(key: Array, features: int = 1024, gamma_min: float = -13.3, gam
       UserError: unless gamma_min < gamma_max and there is at least one feature.
     """
     if not (gamma_min < gamma_max and features >= 1):
-        raise UserError(f"a learned schedule needs gamma_min < gamma_max and features >= 1; got {gamma_min!r}, {gamma_max!r}, {features!r}")
+        raise UserError(f"a learned schedule needs gamma_min < gamma_max and features >= 1; "
+                        f"got {gamma_min!r}, {gamma_max!r}, {features!r}")
     w2 = jax.random.normal(key, (features,), jnp.float32)
     return {"gamma_min": jnp.float32(gamma_min), "gamma_max": jnp.float32(gamma_max), "l1": jnp.float32(gamma_max - gamma_min),
-            "b1": jnp.float32(gamma_min), "w2": w2, "b2": jnp.zeros(features, jnp.float32), "w3": jnp.full(features, 1e-2, jnp.float32)}
+            "b1": jnp.float32(gamma_min), "w2": w2, "b2": jnp.zeros(features, jnp.float32),
+            "w3": jnp.full(features, 1e-2, jnp.float32)}
 
 
 def gamma(params: PyTree, t: Array) -> Array:
@@ -37,14 +39,15 @@ def gamma(params: PyTree, t: Array) -> Array:
         return h + jnp.tensordot(inner, jnp.abs(params["w3"]), 1) / params["w3"].size
 
     g_0, g_1 = g(jnp.float32(0.0)), g(jnp.float32(1.0))
-    return params["gamma_min"] + (params["gamma_max"] - params["gamma_min"]) * ((g(jnp.asarray(t, jnp.float32)) - g_0) / (g_1 - g_0))
+    part = (g(jnp.asarray(t, jnp.float32)) - g_0) / (g_1 - g_0)
+    return params["gamma_min"] + (params["gamma_max"] - params["gamma_min"]) * part
 
 
 def learned(params: Optional[PyTree] = None) -> Schedule:
     """The variance-preserving schedule of `gamma`; params from `init_learned`, traced inside a loss. None: the untrained one.
 
-    It keeps a little noise at t = 0, sigma(0)^2 = sigmoid(gamma_min), which the decoder of the bound answers for. The inverse is found
-    by bisection and carries no gradient.
+    It keeps a little noise at t = 0, sigma(0)^2 = sigmoid(gamma_min), which the decoder of the bound answers for. The inverse is
+    found by bisection and carries no gradient.
     """
     if params is None:
         params = init_learned(jax.random.key(0))

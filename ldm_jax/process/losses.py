@@ -47,20 +47,22 @@ def diffusion_loss(predict: Callable[[Array, Array], Array], schedule: Schedule,
                    log_uncertainty: Optional[Callable[[Array], Array]] = None) -> Tuple[Array, dict]:
     """The weighted denoising error of each example.
 
-    With `learned_variance` it is the hybrid objective L_simple + vlb_scale L_vlb, L_vlb in bits per dimension over all T steps, through
-    which only the variance learns: the mean enters it with its gradient stopped (Nichol & Dhariwal 2021, eq. 16). With
+    With `learned_variance` it is the hybrid objective L_simple + vlb_scale L_vlb, L_vlb in bits per dimension over all T steps,
+    through which only the variance learns: the mean enters it with its gradient stopped (Nichol & Dhariwal 2021, eq. 16). With
     `log_uncertainty` it is L exp(-u) + u (Karras et al. 2024).
 
     Args:
       predict: (x_t [B, ...], t [B]) -> raw output shaped like x_t, with twice the channels where the variance is learned.
       x0: data [B, ...], float32.
       key: one key, or one per example [B].
-      times, weight: rows of TIMES and WEIGHTS, or functions of the same form, such as functools.partial(weights.min_snr, gamma=3.0).
+      times, weight: rows of TIMES and WEIGHTS, or functions of the same form, such as
+        functools.partial(weights.min_snr, gamma=3.0).
       log_uncertainty: logsnr [B] -> u [B], such as `uncertainty` with its parameters.
 
     Returns:
-      loss [B], the mean over an example's values; metrics, each [B]: "mse", the unweighted error of the output; "t"; "loss", without the
-      correction of importance sampling (what `update_importance` wants) and without uncertainty; "vlb" where the variance is learned.
+      loss [B], the mean over an example's values; metrics, each [B]: "mse", the unweighted error of the output; "t"; "loss",
+      without the correction of importance sampling (what `update_importance` wants) and without uncertainty; "vlb" where the
+      variance is learned.
     """
     row = check_parameterization(parameterization, schedule)
     t, correction = draw_times(times, fold_in(key, 0), x0.shape[0], schedule)

@@ -7,7 +7,7 @@ with the moments I_k of the weight the integral is sum_j c_j sum_k e_jk I_k. The
     x_s = (sigma_s / sigma_t) exp(-eta h) x_t + alpha_s H int_0^1 exp(-H (1 - u)) x0(u) du + sigma_s sqrt(1 - exp(-2 eta h)) z,
     h = lambda_s - lambda_t,    H = (1 + eta) h                                                                         (5)
 
-(equation (4) for eta = 0, Lu et al. 2022b, eqs. 8 and 18; the reverse SDE for eta = 1), or they are eps and u runs in tau,
+(Lu et al. 2022b: the solution of equation (4) for eta = 0, of the reverse SDE for eta = 1), or they are eps and u runs in tau,
 
     x_s = alpha_s x0_t + sigma_s eps_t + alpha_s (tau_s - tau_t) int_0^1 (eps(u) - eps_t) du.                           (6)
 
@@ -133,7 +133,7 @@ def _dpmpp(n: int, eta, line: Optional[str]) -> Sampler:
 def dpmpp_2m(eta=0.0, solver: str = "midpoint") -> Sampler:
     """DPM-Solver++(2M): equation (5) with the two newest x0.
 
-    eta = 0 is the ODE (Lu et al. 2022b, algorithm 2), eta = 1 the SDE (there, section 5); a scalar or [B], traced.
+    eta = 0 is the ODE (Lu et al. 2022b, algorithm 2), eta = 1 the SDE; a scalar or [B], traced.
     solver: "midpoint" takes I_0 / 2 for I_1, as the paper; "heun" integrates the line exactly.
     """
     check_option("dpmpp_2m", "solver", solver, ("midpoint", "heun"))
@@ -216,7 +216,7 @@ def lms(order=4) -> Sampler:
 def pndm(start: str = "heun") -> Sampler:
     """PNDM (Liu et al. 2022): equation (6) with up to four answers taken as if equally spaced, so meant for grids uniform in t.
 
-    With (3, -1)/2, (23, -16, 5)/12 and (55, -59, 37, -9)/24 for the mean of eps (their eq. 12; PLMS in image samplers). At each end
+    With (3, -1)/2, (23, -16, 5)/12 and (55, -59, 37, -9)/24 for the mean of eps (PLMS in image samplers). At each end
     of a grid that is uniform in t the order is two.
 
     start: "heun" makes the first step with the mean of eps at its two ends, one call more (S-PNDM); "runge_kutta" makes the first

@@ -144,14 +144,14 @@ def linear(timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
 
 
 def scaled_linear(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Schedule:
-    """sqrt(beta_k) linear from sqrt(`beta_start`) to sqrt(`beta_end`): latent diffusion's and Stable Diffusion's (Rombach et al. 2022)."""
+    """sqrt(beta_k) linear from sqrt(`beta_start`) to sqrt(`beta_end`): Stable Diffusion's (Rombach et al. 2022)."""
     if not (0 < beta_start < 1 and 0 < beta_end < 1):
         raise UserError(f"beta_start and beta_end must lie in (0, 1); got {beta_start!r} and {beta_end!r}")
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, check_timesteps(timesteps)) ** 2, "scaled_linear")
 
 
 def cosine(timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
-    """abar(t) = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi / 2), betas clipped at `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
+    """abar(t) = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) pi / 2), clipped betas (Nichol & Dhariwal 2021, eq. 17)."""
     if not s >= 0:
         raise UserError(f"the offset s of schedule 'cosine' must be at least 0; got {s!r}")
     f = np.cos((np.arange(check_timesteps(timesteps) + 1) / timesteps + s) / (1 + s) * np.pi / 2) ** 2

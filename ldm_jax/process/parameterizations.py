@@ -55,8 +55,8 @@ class Preconditioning(NamedTuple):
 def preconditioning(alpha: Array, sigma: Array, sigma_data: float = 0.5) -> Preconditioning:
     """The four scalars of Karras et al. 2022, table 1, for x_t = alpha x0 + sigma eps; theirs is alpha = 1.
 
-    F sees input and target of unit variance for data of standard deviation `sigma_data`. c_noise = log(sigma / alpha) / 4, held within
-    [-5, 5] so that it is finite at the ends.
+    F sees input and target of unit variance for data of standard deviation `sigma_data`. c_noise = log(sigma / alpha) / 4, held
+    within [-5, 5] so that it is finite at the ends.
     """
     variance = sigma**2 + (alpha * sigma_data) ** 2
     return Preconditioning(c_skip=alpha * sigma_data**2 / variance, c_out=sigma * sigma_data / jnp.sqrt(variance),
@@ -145,7 +145,8 @@ def convert(output: Array, x_t: Array, t: Array, schedule: Schedule, source: Uni
     return wanted.target(given.x0(output, x_t, alpha, sigma), given.eps(output, x_t, alpha, sigma), alpha, sigma)
 
 
-def preconditioned(net: Callable[[Array, Array], Array], schedule: Schedule, sigma_data: float = 0.5) -> Callable[[Array, Array], Array]:
+def preconditioned(net: Callable[[Array, Array], Array], schedule: Schedule,
+                   sigma_data: float = 0.5) -> Callable[[Array, Array], Array]:
     """predict(x_t, t) = net(c_in x_t, c_noise), c_noise [B], whose parameterization is edm(sigma_data), under any schedule.
 
     Karras et al. 2022, eq. 7:  denoiser(preconditioned(net, schedule, d), schedule, edm(d)).
@@ -158,7 +159,9 @@ def preconditioned(net: Callable[[Array, Array], Array], schedule: Schedule, sig
 
 
 def split_variance(output: Array) -> tuple:
-    """(prediction, frac), each [..., C], from an output [..., 2 C] whose second half is 2 frac - 1 (Nichol & Dhariwal 2021, section 3.1).
+    """(prediction, frac), each [..., C], from an output [..., 2 C] whose second half is 2 frac - 1.
+
+    (Nichol & Dhariwal 2021, section 3.1.)
 
     Raises:
       UserError: for an odd number of channels.

@@ -49,7 +49,7 @@ def prior(schedule: Schedule, key: Array, shape) -> Array:
     return schedule.sigma(jnp.float32(1.0)) * normal(key, shape)
 
 
-def _capacity(steps, capacity: Optional[int]) -> int:
+def room_for(steps, capacity: Optional[int]) -> int:
     if is_traced(steps):
         if capacity is None:
             raise UserError("steps is traced, so the number of steps to make room for is unknown; give capacity, an int")
@@ -83,9 +83,9 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
       UserError: for unknown names, options or numbers of steps.
     """
     sampler = make_sampler(sampler, **options)
-    capacity = _capacity(steps, capacity)
+    capacity = room_for(steps, capacity)
     count = jnp.asarray(steps)
-    times = _times(grid, schedule, count if count.ndim else steps, capacity)
+    times = grid_times(grid, schedule, count if count.ndim else steps, capacity)
     times = jnp.clip(times, 0.0, 1.0)  # a grid's arithmetic, rounded differently when compiled, may end a hair below 0
     if sampler.upwards:
         times = _upwards(times, count)
@@ -109,7 +109,7 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
     return end
 
 
-def _times(grid: Union[str, Callable, Array], schedule: Schedule, steps, capacity: int) -> Array:
+def grid_times(grid: Union[str, Callable, Array], schedule: Schedule, steps, capacity: int) -> Array:
     """[capacity + 1] times, or [capacity + 1, B] where steps is [B]."""
     if not (isinstance(grid, str) or callable(grid)):
         if len(grid) != capacity + 1:
@@ -122,6 +122,9 @@ def _times(grid: Union[str, Callable, Array], schedule: Schedule, steps, capacit
 
 
 def _upwards(times: Array, count: Array) -> Array:
-    """The first `count` + 1 times in reverse, then the last of these again."""
-    index = jnp.arange(len(times)).reshape((-1,) + (1,) * (times.ndim - 1))
-    return jnp.take_along_axis(times, jnp.maximum(count - index, 0), axis=0)
+    """The first `count` + 1 times in reverse, then the first of all again."""
+    index = jnp.arange(len(times))
+    if times.ndim == 1:
+        return times[jnp.maximum(count - index, 0)]
+    left = jnp.broadcast_to(count, times.shape[1:])[None] - index[:, None]
+    return jnp.take_along_axis(times, jnp.maximum(left, 0), axis=0)

@@ -1,8 +1,8 @@
 """Noise schedules by name, and what turns one schedule into another: a shift of its logsnr or of its time, a vanishing end.
 
-Discrete processes and the families are in noising.py, the continuous closed forms in closed_forms.py, VDM's in learned_schedule.py.
-A transformation takes a schedule, or a row's name with that row's arguments, and keeps its family and its T. They compose:
-snr_shift(zero_terminal("scaled_linear"), 2.0).
+Discrete processes and the families are in noising.py, the continuous closed forms in closed_forms.py, VDM's in
+learned_schedule.py. A transformation takes a schedule, or a row's name with that row's arguments, and keeps its family and its T.
+They compose: snr_shift(zero_terminal("scaled_linear"), 2.0).
 """
 from typing import Union
 
@@ -16,9 +16,9 @@ from ldm_jax.process.noising import (FAMILIES, Schedule, cosine, from_betas, fro
                                      variance_preserving)
 from ldm_jax.types import UserError, lookup
 
-__all__ = ["FAMILIES", "SCHEDULES", "Schedule", "cosine", "cosine_continuous", "edm", "from_betas", "from_logsnr", "laplace", "learned",
-           "linear", "rectified_flow", "scaled_linear", "sigmoid", "snr_shift", "sub_vp", "time_shift", "variance_preserving", "ve",
-           "vp_sde", "zero_terminal"]
+__all__ = ["FAMILIES", "SCHEDULES", "Schedule", "cosine", "cosine_continuous", "edm", "from_betas", "from_logsnr", "laplace",
+           "learned", "linear", "rectified_flow", "scaled_linear", "sigmoid", "snr_shift", "sub_vp", "time_shift",
+           "variance_preserving", "ve", "vp_sde", "zero_terminal"]
 
 
 def _made(base: Union[str, Schedule], options: dict) -> Schedule:
@@ -33,8 +33,8 @@ def _check_shift(shift):
 def snr_shift(base: Union[str, Schedule] = "cosine_continuous", shift=2.0, **options) -> Schedule:
     """sigma / alpha at every time is `shift` times that of `base`: logsnr - 2 log(shift).
 
-    With shift = d / 64 it gives pictures of d x d pixels the noise that the base means for 64 x 64 (Hoogeboom et al. 2023, section 3.1).
-    On rectified flow it is `time_shift`. shift: a number, may be traced.
+    With shift = d / 64 it gives pictures of d x d pixels the noise that the base means for 64 x 64 (Hoogeboom et al. 2023,
+    section 3.1). On rectified flow it is `time_shift`. shift: a number, may be traced.
     """
     base = _made(base, options)
     _check_shift(shift)
@@ -79,10 +79,11 @@ def time_shift(base: Union[str, Schedule] = "rectified_flow", shift=3.0, **optio
 
 
 def zero_terminal(base: Union[str, Schedule] = "linear", **options) -> Schedule:
-    """`base` with its alpha stretched to end at 0: alpha -> (alpha - alpha_T) alpha_0 / (alpha_0 - alpha_T) (Lin et al. 2024, algorithm 1).
+    """`base` with its alpha stretched to end at 0: alpha -> (alpha - alpha_T) alpha_0 / (alpha_0 - alpha_T).
 
-    alpha is the variance-preserving one, alpha_T its end, alpha_0 its value at the table's first entry t_0 = 1 / T, which keeps its place;
-    before t_0 nothing changes. A continuous process has t_0 = 0. sigma is had from u = 1 - alpha = sigma^2 / (1 + alpha), exact as t -> 0:
+    (Lin et al. 2024, algorithm 1.) alpha is the variance-preserving one, alpha_T its end, alpha_0 its value at the table's first
+    entry t_0 = 1 / T, which keeps its place; before t_0 nothing changes. A continuous process has t_0 = 0. sigma is had from
+    u = 1 - alpha = sigma^2 / (1 + alpha), exact as t -> 0:
 
         alpha -> (1 + m) (alpha - alpha_T),   u -> u + m (u - u_0),   m = alpha_T / (alpha_0 - alpha_T)
 
@@ -91,7 +92,8 @@ def zero_terminal(base: Union[str, Schedule] = "linear", **options) -> Schedule:
     """
     base = _made(base, options)
     if base.family == "ve":
-        raise UserError(f"schedule {base.name!r} cannot have zero terminal SNR: it keeps alpha = 1; rescale a schedule whose alpha decreases")
+        raise UserError(f"schedule {base.name!r} cannot have zero terminal SNR: it keeps alpha = 1; "
+                        "rescale a schedule whose alpha decreases")
     norm, vp = FAMILIES[base.family], FAMILIES["vp"]
 
     def vp_base(t):  # alpha, 1 - alpha

@@ -15,7 +15,7 @@ or, with the noise ratio tau = sigma / alpha = exp(-lambda), lambda = logsnr / 2
 
     d(x / alpha) = eps d tau,      d(x / sigma) = x0 d(1 / tau) = x0 exp(lambda) d lambda                               (4)
 
-(Song et al. 2021, eq. 13; Karras et al. 2022, eq. 4; Lu et al. 2022b, eq. 8.) tau = inf at alpha = 0, where steps in tau or
+(Song et al. 2021, eq. 13; Karras et al. 2022, eq. 4; Lu et al. 2022b.) tau = inf at alpha = 0, where steps in tau or
 lambda are undefined, and lambda = inf at sigma = 0: each method says to which simpler step it falls back there.
 """
 from typing import Any, Callable, NamedTuple, Optional, Tuple

@@ -1,7 +1,7 @@
 """How training draws its times: functions (key, n, schedule) -> t [n] in (0, 1], one key or one per example [n].
 
-`draw_times` puts them on the grid of a discrete process. A draw that is not meant to change the objective returns (t, correction [n]),
-the correction being 1 / (density of t): importance sampling, whose memory of past losses is a small value of its own.
+`draw_times` puts them on the grid of a discrete process. A draw that is not meant to change the objective returns (t, correction
+[n]), the correction being 1 / (density of t): importance sampling, whose memory of past losses is a small value of its own.
 """
 from typing import Callable, NamedTuple, Tuple, Union
 
@@ -21,9 +21,9 @@ def uniform(key: Array, n: int, schedule: Schedule) -> Array:
 
 
 def stratified(key: Array, n: int, schedule: Schedule) -> Array:
-    """t_i = u + i / n modulo 1 with one u: every t is uniform, and each interval of length 1 / n gets one (Kingma et al. 2021, appendix I.1).
+    """t_i = u + i / n modulo 1 with one u: every t is uniform, and each interval of length 1 / n gets one.
 
-    The one draw of the library that depends on the size of the batch, as it must: it lowers the variance of the batch's mean.
+    (Kingma et al. 2021.)     The one draw of the library that depends on the size of the batch, as it must: it lowers the variance of the batch's mean.
     """
     u = jax.random.uniform(key[0] if key.ndim else key, (), jnp.float32)
     return 1.0 - (u + jnp.arange(n) / n) % 1.0
@@ -35,7 +35,7 @@ def logit_normal(key: Array, n: int, schedule: Schedule, mean: float = 0.0, std:
 
 
 def mode(key: Array, n: int, schedule: Schedule, scale: float = 1.29) -> Array:
-    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u uniform; scale > 0 favours the middle, scale < 0 the ends (Esser et al. 2024, eq. 20).
+    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u uniform; scale > 0 favours the middle, < 0 the ends (Esser et al. 2024, eq. 20).
 
     Raises:
       UserError: when `scale` leaves [-1, 2 / (pi - 2)], where t is monotone in u.
@@ -94,8 +94,8 @@ def update_importance(state: Importance, t: Array, loss: Array) -> Importance:
 
 
 def importance_probabilities(state: Importance, uniform_share: float = 1e-3) -> Array:
-    """p [bins], proportional to sqrt(E[loss^2]) (Nichol & Dhariwal 2021, eq. 18), mixed with a little of the uniform; uniform until
-    every interval's memory is full."""
+    """p [bins], proportional to sqrt(E[loss^2]) (Nichol & Dhariwal 2021, eq. 18), mixed with a little of the uniform; uniform
+    until every interval's memory is full."""
     bins, length = state.history.shape
     root = jnp.sqrt(jnp.mean(state.history**2, 1))
     p = (1 - uniform_share) * root / jnp.maximum(root.sum(), jnp.finfo(jnp.float32).tiny) + uniform_share / bins
@@ -104,7 +104,7 @@ def importance_probabilities(state: Importance, uniform_share: float = 1e-3) -> 
 
 
 def importance(state: Importance, uniform_share: float = 1e-3) -> Callable:
-    """The draw (key, n, schedule) -> (t [n], 1 / (bins p) [n]) of `importance_probabilities`: the same expected loss, less variance."""
+    """The draw (key, n, schedule) -> (t [n], 1 / (bins p) [n]) of `importance_probabilities`: less variance, the same mean."""
     def draw(key: Array, n: int, schedule: Schedule) -> Tuple[Array, Array]:
         p = importance_probabilities(state, uniform_share)
         bins = p.shape[0]

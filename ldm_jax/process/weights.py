@@ -1,15 +1,15 @@
 """Loss weights: the factor on the squared error of a network's own output, whatever that output is.
 
-At given x_t an error of the output is an error of eps times |d output / d eps|, and one of x0 likewise. A weight is written with the
-factors that turn the squared output error into the others, all finite where alpha = 0, with logsnr' = d logsnr / dt:
+At given x_t an error of the output is an error of eps times |d output / d eps|, and one of x0 likewise. A weight is written with
+the factors that turn the squared output error into the others, all finite where alpha = 0, with logsnr' = d logsnr / dt:
 
     eps = (alpha slope)^2     |eps error|^2 = eps |output error|^2                                                  (1)
     x0 = (sigma slope)^2      |x0 error|^2 = x0 |output error|^2,    eps = SNR x0                                   (2)
-    vlb = -logsnr' eps / 2    the integrand of the variational bound, in nats (Kingma et al. 2021, eq. 18)          (3)
+    vlb = -logsnr' eps / 2    the integrand of the variational bound, in nats (Kingma et al. 2021)          (3)
 
-(`slope`: parameterizations.py.) For a discrete process vlb is T times one term of the bound with the variance beta of q(x_t | x_s),
-T (1 - exp(logsnr_t - logsnr_s)) (alpha_s slope)^2 / 2, s = t - 1 / T, finite at the first step too: for eps it is
-T beta^2 / (2 beta (1 - beta) (1 - abar)) (Ho et al. 2020, eq. 12). The meaning of vlb and sigmoid as integrals over t assumes uniform t.
+(`slope`: parameterizations.py.) For a discrete process vlb is T times one term of the bound with the variance beta of
+q(x_t | x_s), T (1 - exp(logsnr_t - logsnr_s)) (alpha_s slope)^2 / 2, s = t - 1 / T, finite at the first step too: for eps it is
+T beta^2 / (2 beta (1 - beta) (1 - abar)) (Ho et al. 2020, eq. 12). As integrals over t, vlb and sigmoid assume uniform t.
 """
 from typing import Callable, NamedTuple, Union
 
@@ -58,12 +58,12 @@ def x0(at: Level) -> Array:
 
 
 def vlb(at: Level) -> Array:
-    """The variational bound's own weight, equation (3), in nats: with uniform t the loss is the bound's diffusion term per dimension."""
+    """Equation (3): with uniform t the loss is the diffusion term of the variational bound, in nats per dimension."""
     return at.vlb
 
 
 def hybrid(at: Level, scale: float = 1e-3) -> Array:
-    """simple + scale vlb, for a net of fixed variance (with a learned one see `diffusion_loss`) (Nichol & Dhariwal 2021, eq. 16)."""
+    """simple + scale vlb, for a net of fixed variance; for a learned one see `diffusion_loss` (Nichol & Dhariwal 2021, eq. 16)."""
     return 1.0 + scale * at.vlb
 
 
@@ -83,20 +83,21 @@ def p2(at: Level, k: float = 1.0, gamma: float = 1.0) -> Array:
 
 
 def sigmoid(at: Level, bias: float = 2.0) -> Array:
-    """sigmoid(bias - logsnr) times `vlb`: the same function of logsnr under any schedule (Kingma & Gao 2023; Hoogeboom et al. 2024)."""
+    """sigmoid(bias - logsnr) times `vlb`: the same function of logsnr under any schedule (Kingma & Gao 2023)."""
     return jax.nn.sigmoid(bias - at.logsnr) * at.vlb
 
 
 def edm(at: Level, sigma_data: float = 0.5) -> Array:
-    """(sigma^2 + d^2) / (sigma d)^2 on the error of x0, sigma the noise-to-signal ratio, d = sigma_data (Karras et al. 2022, table 1)."""
+    """(sigma^2 + d^2) / (sigma d)^2 on the error of x0, sigma the noise-to-signal ratio, d = sigma_data (Karras et al. 2022)."""
     return at.eps + at.x0 / sigma_data**2
 
 
-WEIGHTS = {"simple": simple, "eps": eps, "x0": x0, "vlb": vlb, "hybrid": hybrid, "min_snr": min_snr, "snr_truncation": snr_truncation,
-           "p2": p2, "sigmoid": sigmoid, "edm": edm}
+WEIGHTS = {"simple": simple, "eps": eps, "x0": x0, "vlb": vlb, "hybrid": hybrid, "min_snr": min_snr,
+           "snr_truncation": snr_truncation, "p2": p2, "sigmoid": sigmoid, "edm": edm}
 
 
-def loss_weight(weight: Union[str, Callable], schedule: Schedule, parameterization: Union[str, Parameterization], t: Array) -> Array:
-    """The factor [B] on the squared error of this parameterization's output at the times t [B]; weight: a row of WEIGHTS or its like."""
+def loss_weight(weight: Union[str, Callable], schedule: Schedule, parameterization: Union[str, Parameterization],
+                t: Array) -> Array:
+    """The factor [B] on the squared error of this output at the times t [B]; weight: a row of WEIGHTS or a function like it."""
     weigh = lookup(WEIGHTS, weight, "loss weight") if isinstance(weight, str) else weight
     return weigh(level(schedule, check_parameterization(parameterization, schedule), t))

@@ -51,14 +51,15 @@ def drop_class(key: Array, labels: Array, rate: float, null: int) -> Array:
 
 
 def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Schedule, parameterization: str, times: Any = "uniform",
-              weight: Any = "simple", num_classes: Optional[int] = None, class_dropout: float = 0.1, codec: Codec = Codec(),
-              sample_shape: Optional[Tuple[int, ...]] = None, others: Mapping[str, Any] = {}) -> System:
-    """Diffusion of x0 = codec.encode(image) by one net, named "net".
+              weight: Any = "simple", num_classes: Optional[int] = None, class_dropout: float = 0.1, learned_variance: bool = False,
+              codec: Codec = Codec(), sample_shape: Optional[Tuple[int, ...]] = None, others: Mapping[str, Any] = {}) -> System:
+    """Diffusion of x0 = codec.encode(image) by one net, named "net". With parameterization "edm" the net is preconditioned.
 
     Args:
       net: the denoising network; its null class, for dropped labels and for guidance, is `num_classes`.
       times, weight: rows of TIMES and WEIGHTS, or functions.
       class_dropout: how often a label is dropped in training, which is what classifier-free guidance needs.
+      learned_variance: the net has twice the channels, and learns the variance by the hybrid loss.
       sample_shape: the shape of one x0; the image's without a codec.
       others: nets that the codec uses, name -> net; their parameters are held fixed.
     """
@@ -74,14 +75,17 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
         cond = None if num_classes is None else {"class": drop_class(k_drop, batch["class"], class_dropout, num_classes)}
         x0 = codec.encode(params, image, k_code)
 
-        def predict(x_t, t):
-            return net.apply(params["net"], x_t, t, cond, True, {"dropout": k_net[0]})
+        predict = prediction(lambda x_t, t: net.apply(params["net"], x_t, t, cond, True, {"dropout": k_net[0]}))
+        loss, metrics = process.diffusion_loss(predict, schedule, parameterization, x0, k_process, times=times, weight=weight,
+                                               learned_variance=learned_variance)
+        return loss, {name: metrics[name] for name in ("mse", "vlb") if name in metrics}
 
-        loss, metrics = process.diffusion_loss(predict, schedule, parameterization, x0, k_process, times=times, weight=weight)
-        return loss, {"mse": metrics["mse"]}
+    def prediction(apply):
+        return process.parameterizations.preconditioned(apply, schedule) if parameterization == "edm" else apply
 
     def denoise(params, cond: Cond):
-        return process.denoiser(lambda x_t, t: net.apply(params["net"], x_t, t, cond), schedule, parameterization)
+        predict = prediction(lambda x_t, t: net.apply(params["net"], x_t, t, cond))
+        return process.denoiser(predict, schedule, parameterization, learned_variance=learned_variance)
 
     def sample(params, x: Array, keys: Array, cond: Cond, *, sampler: process.Sampler, steps, capacity: int, grid="uniform",
                guidance=None, trajectory: bool = False):
@@ -92,7 +96,8 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
             double = denoise(params, jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null))
 
             def both(x_t, t):
-                return jnp.split(double(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])), 2)
+                answer = double(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
+                return tuple(jax.tree.map(lambda a: a[half * len(x_t):][:len(x_t)], answer) for half in (0, 1))
 
             predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(both), guidance)
         x = expand(schedule.sigma(jnp.float32(1.0)), x) * x

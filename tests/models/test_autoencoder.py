@@ -45,7 +45,7 @@ def test_encode_and_decode(tiny):
 
 
 def test_log_variance_is_clipped_and_apart_from_the_mean(tiny):
-    """With the last 1x1 convolution's kernel zero its bias is (mean, log variance), and the variance's half stays in [-30, 20]."""
+    """With the last 1x1 convolution's kernel zero its bias is (mean, log variance); the variance's half stays in [-30, 20]."""
     ae, params, encode, _ = tiny
     quant = {"kernel": np.zeros_like(params["quant_in"]["kernel"]), "bias": np.array([99.0, -7.0, 99.0, -99.0], np.float32)}
     mean, logvar = encode({**params, "quant_in": quant}, jnp.ones((1, 8, 12, 3)))

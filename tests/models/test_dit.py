@@ -61,6 +61,23 @@ def test_a_patch_answers_for_its_own_place():
         np.testing.assert_array_equal(changed, want)
 
 
+def test_the_order_inside_a_patch_is_row_column_channel():
+    net = dit(**SMALL)
+    params, t, apply = random_params(net), jnp.array([0.5]), jax.jit(net.apply)
+    closed = {**params, **{f"block_{i}": {**params[f"block_{i}"], "modulation": jax.tree.map(
+        np.zeros_like, params[f"block_{i}"]["modulation"])} for i in range(2)}}
+    row, col, channel = 1, 0, 1
+    only = np.zeros_like(params["patch_in"]["kernel"])
+    only[(row * 2 + col) * 2 + channel] = params["patch_in"]["kernel"][0]
+    grad = jax.grad(lambda x: jnp.sum(apply({**closed, "patch_in": {**params["patch_in"], "kernel": only}}, x, t) ** 2))
+    moved = np.argwhere(np.abs(grad(jnp.ones((1, 4, 6, 2))))[0] > 1e-6)
+    np.testing.assert_array_equal(np.unique(moved % 2, axis=0), [[row, col, channel]])
+    bias = np.arange(8, dtype=np.float32)
+    end = {"kernel": np.zeros_like(params["patch_out"]["kernel"]), "bias": bias}
+    out = apply({**closed, "patch_out": end}, jnp.ones((1, 4, 6, 2)), t)
+    np.testing.assert_array_equal(out[0], np.tile(bias.reshape(2, 2, 2), (2, 3, 1)))
+
+
 @pytest.mark.parametrize("options, variants", [({}, [(True, "dots"), (False, "full")]), (OPTIONS, [(True, "none")])])
 def test_scan_and_remat_change_no_number(options, variants):
     nets = {(scan, remat): dit(**SMALL, **options, scan_layers=scan, remat=remat) for scan, remat in [(False, "none")] + variants}

@@ -20,7 +20,8 @@ def test_timestep_embedding_in_both_orders():
         np.testing.assert_allclose(layers.timestep_embedding(jnp.asarray(time), dim, order), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("channels, want", [(4, 1), (8, 2), (20, 5), (24, 6), (32, 8), (64, 16), (96, 24), (128, 32), (192, 32), (320, 32), (960, 32)])
+@pytest.mark.parametrize("channels, want", [(2, 1), (4, 1), (8, 2), (20, 5), (32, 8), (64, 16), (96, 24), (128, 32), (192, 32),
+                                            (320, 32), (960, 32)])
 def test_groups_adapt_to_the_width(channels, want):
     assert layers.num_groups(channels) == want and layers.num_groups(channels, 2) == 2
 
@@ -28,7 +29,7 @@ def test_groups_adapt_to_the_width(channels, want):
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_group_norm_with_scale_and_shift(offset):
     x = np.float64(np.float32(RNG.standard_normal((3, 4, 5, 12)) + offset))
-    scale, bias, g, s = RNG.standard_normal((12,)), RNG.standard_normal((12,)), RNG.standard_normal((3, 12)), RNG.standard_normal((3, 12))
+    scale, bias, g, s = (RNG.standard_normal(shape) for shape in ((12,), (12,), (3, 12), (3, 12)))
     groups = x.reshape(3, 20, 3, 4)
     want = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
     want = (want.reshape(x.shape) * scale + bias) * (1 + g[:, None, None]) + s[:, None, None]
@@ -122,8 +123,8 @@ def test_initialise_gives_each_parameter_its_own_noise_and_spread():
     params = initialise(Two(), jax.random.key(0), jnp.zeros((1, 300)))
     flat = {"/".join(k.key for k in path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
     std = lambda name: (flat[name].std(), flat[name].mean())
-    for name, want in (("pooled_0/kernel", (2 / 600) ** 0.5), ("pooled_1/kernel", (2 / 600) ** 0.5), ("wide_1/kernel", (2 / 2000) ** 0.5),
-                       ("alone_0/kernel", 0.02), ("table/embedding", 1.0)):
+    for name, want in (("pooled_0/kernel", (2 / 600) ** 0.5), ("pooled_1/kernel", (2 / 600) ** 0.5),
+                       ("wide_1/kernel", (2 / 2000) ** 0.5), ("alone_0/kernel", 0.02), ("table/embedding", 1.0)):
         got, mean = std(name)
         assert got == pytest.approx(want, rel=0.02) and abs(mean) < 0.02 * want
         assert np.abs(flat[name]).max() <= 3**0.5 * want * 1.0001

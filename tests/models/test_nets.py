@@ -101,7 +101,8 @@ def test_conditions_are_checked_by_name(name):
         np.testing.assert_array_equal(net.conditions(cond, 2)["class"], [CLASSES, CLASSES])
     np.testing.assert_array_equal(net.conditions(np.array([2, 0]), 2)["class"], [2, 0])
     assert build(name, num_classes=None).conditions(None, 2) == {}
-    for wrong, words in ((build(name, num_classes=None), r"\[\].*\['class'\]"), (full(name), r"'concat', 'vector'\].*\['class'\]")):
+    for wrong, words in ((build(name, num_classes=None), r"\[\].*\['class'\]"),
+                         (full(name), r"'concat', 'vector'\].*\['class'\]")):
         with pytest.raises(UserError, match=words):
             wrong.apply({}, X, T, jnp.arange(3))
 

@@ -10,7 +10,9 @@ def random_params(net, seed=0):
     def draw(path, leaf):
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
         name = path[-1].key
-        return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32) if name == "kernel" else 0.2 * noise + (name == "scale")
+        if name == "kernel":
+            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+        return 0.2 * noise + (name == "scale")
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(net.init, jax.random.key(0)))
 

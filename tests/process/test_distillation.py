@@ -55,6 +55,15 @@ def test_variants_reduce_to_sds():
     np.testing.assert_allclose(dds, sds, rtol=1e-5, atol=1e-6)
 
 
+def test_dds_is_the_difference_of_two_sds():
+    """Each image under its own denoiser, with the same t and eps."""
+    x, source, key = images(8), images(8, seed=9), jax.random.key(10)
+    denoise, other = GAUSSIAN.denoiser(FLOW), gaussian([0.0, 1.0], np.eye(2)).denoiser(FLOW)
+    dds, _ = dds_gradient(denoise, other, FLOW, x, source, key)
+    difference = sds_gradient(denoise, FLOW, x, key)[0] - sds_gradient(other, FLOW, source, key)[0]
+    np.testing.assert_allclose(dds, difference, rtol=1e-4, atol=1e-6)
+
+
 def test_vsd_vanishes_where_models_agree_and_dds_where_images_do():
     x, key, denoise = images(8), jax.random.key(3), GAUSSIAN.denoiser(FLOW)
     assert np.all(np.asarray(vsd_gradient(denoise, denoise, FLOW, x, key)[0]) == 0)
@@ -89,6 +98,7 @@ def test_surrogate_loss_has_the_gradient():
 
     g, _ = sds_gradient(denoise, FLOW, jnp.sin(theta), key)
     np.testing.assert_allclose(jax.grad(loss)(theta), g * jnp.cos(theta), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(surrogate_loss(x, x**3)))(theta), theta**3, rtol=1e-6)
     np.testing.assert_allclose(surrogate_loss(jnp.sin(theta), g), 0.5 * np.sum(np.asarray(g) ** 2, -1), rtol=1e-6)
 
 

@@ -42,7 +42,8 @@ def test_discretized_likelihood_sums_to_one_and_survives_the_tails():
         np.testing.assert_allclose(jnp.exp(log_likelihood(levels, mean, np.log(std))).sum(), 1.0, atol=1e-4)
     far = gaussians.discretized_log_likelihood(jnp.float32(1.0), jnp.float32(-1.0), jnp.float32(np.log(0.01)))
     np.testing.assert_allclose(far, stats.norm.logsf((2 - 1 / 255) / 0.01), rtol=1e-4)  # about -2e4 nats
-    np.testing.assert_allclose(jnp.exp(gaussians.discretized_log_likelihood(jnp.linspace(-1, 1, 8), 0.2, -1.0, bins=8)).sum(), 1.0, atol=1e-5)
+    eight = jax.jit(gaussians.discretized_log_likelihood, static_argnums=3)(jnp.linspace(-1, 1, 8), 0.2, -1.0, 8)
+    np.testing.assert_allclose(jnp.exp(eight).sum(), 1.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("betas", [np.linspace(1e-4, 0.02, 1000), np.array([0.1, 0.3, 0.2, 0.4])], ids=["linear", "four"])
@@ -51,12 +52,15 @@ def test_posterior_is_improved_ddpms_table(betas):
     abar = np.cumprod(1 - betas)
     before = np.append(1.0, abar[:-1])
     variance = betas * (1 - before) / (1 - abar)
-    clipped = np.log(np.append(variance[1], variance[1:]))  # Nichol & Dhariwal's implementation clips the first entry to the second
+    clipped = np.log(np.append(variance[1], variance[1:]))  # the first entry clipped to the second
     schedule = from_betas(betas)
     t, s = (jnp.asarray((np.arange(T) + i) / T, jnp.float32) for i in (1, 0))
     small, large = jax.jit(lambda t, s: gaussians.posterior_log_variances(schedule, t, s))(t, s)
     np.testing.assert_allclose(small, clipped, atol=2e-3)
     np.testing.assert_allclose(large, np.log(betas), atol=2e-3)
+    for frac in (0.0, 0.25, 1.0):  # Nichol & Dhariwal 2021, eq. 15
+        found = gaussians.interpolated_log_variance(schedule, t, s, jnp.full((T, 2), frac))
+        np.testing.assert_allclose(found, np.repeat((frac * np.log(betas) + (1 - frac) * clipped)[:, None], 2, 1), atol=2e-3)
     x0, x_t = RNG.normal(size=(2, T, 1))
     mean = (np.sqrt(before) * betas / (1 - abar))[:, None] * x0 + (np.sqrt(1 - betas) * (1 - before) / (1 - abar))[:, None] * x_t
     np.testing.assert_allclose(gaussians.posterior_mean(schedule, jnp.float32(x0), jnp.float32(x_t), t, s), mean, atol=1e-3)

@@ -74,10 +74,10 @@ def ratio(schedule, times):
 def test_noise_levels(schedule):
     n, low, high = 12, 0.02, 40.0
     i = np.arange(n) / (n - 1)
-    times = grids.karras(schedule, n, n, sigma_min=low, sigma_max=high)
-    np.testing.assert_allclose(ratio(schedule, times)[:n], (high ** (1 / 7) + i * (low ** (1 / 7) - high ** (1 / 7))) ** 7, rtol=1e-4)
-    times = grids.karras(schedule, n, n, rho=3.0, sigma_min=low, sigma_max=high)
-    np.testing.assert_allclose(ratio(schedule, times)[:n], (high ** (1 / 3) + i * (low ** (1 / 3) - high ** (1 / 3))) ** 3, rtol=1e-4)
+    for rho in (7.0, 3.0):
+        times = grids.karras(schedule, n, n, rho=rho, sigma_min=low, sigma_max=high)
+        expected = (high ** (1 / rho) + i * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+        np.testing.assert_allclose(ratio(schedule, times)[:n], expected, rtol=1e-4)
     times = grids.exponential(schedule, n, n, sigma_min=low, sigma_max=high)
     np.testing.assert_allclose(ratio(schedule, times)[:n], np.exp(np.linspace(np.log(high), np.log(low), n)), rtol=1e-4)
     times = grids.logsnr_uniform(schedule, n, n, sigma_min=low, sigma_max=high)
@@ -89,7 +89,7 @@ def test_noise_levels_of_the_process_itself():
     sigmas = np.sqrt(1 / abar - 1)
     found = ratio(LINEAR, grids.karras(LINEAR, 5, 5))
     np.testing.assert_allclose(found[[0, 4]], sigmas[[-1, 0]], rtol=1e-3)
-    np.testing.assert_allclose(ratio(EDM, grids.karras(EDM, 5, 5))[[0, 4]], [80.0, 0.002], rtol=1e-4)  # Karras et al. 2022, table 1
+    np.testing.assert_allclose(ratio(EDM, grids.karras(EDM, 5, 5))[[0, 4]], [80.0, 0.002], rtol=1e-4)  # Karras et al., table 1
     assert grids.karras(FLOW, 5, 5)[0] == 1
 
 
@@ -121,8 +121,10 @@ def test_explicit():
 
 @pytest.mark.parametrize("make, says", [
     (lambda: GRIDS["leading"](LINEAR, 1001, 1001), "1..1000"), (lambda: GRIDS["trailing"](LINEAR, 0, 5), "steps"),
-    (lambda: grids.karras(LINEAR, 5, 5, sigma_min=3.0, sigma_max=2.0), "sigma_min"), (lambda: grids.shifted(FLOW, 5, 5, shift=0), "shift"),
-    (lambda: grids.explicit(LINEAR, 2, 2, timesteps=[3, 5]), "decrease"), (lambda: grids.explicit(LINEAR, 1, 1, timesteps=[1000]), "999"),
+    (lambda: grids.karras(LINEAR, 5, 5, sigma_min=3.0, sigma_max=2.0), "sigma_min"),
+    (lambda: grids.shifted(FLOW, 5, 5, shift=0), "shift"),
+    (lambda: grids.explicit(LINEAR, 2, 2, timesteps=[3, 5]), "decrease"),
+    (lambda: grids.explicit(LINEAR, 1, 1, timesteps=[1000]), "999"),
     (lambda: grids.explicit(LINEAR, 3, 3, timesteps=[5, 3]), "steps must be 2"),
     (lambda: spaced_timesteps(1000, "ddim999"), "ddim999"), (lambda: spaced_timesteps(1000, "ddim"), "ddim25"),
     (lambda: spaced_timesteps(10, "5,x"), "10,10,5"), (lambda: spaced_timesteps(10, (6, 2)), "cannot take 6"),

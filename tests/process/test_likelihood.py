@@ -1,4 +1,4 @@
-"""Likelihoods against densities and bounds that are known: Gaussian and mixture data, and denoisers that always answer the same."""
+"""Likelihoods against known densities and bounds: of Gaussian and mixture data, and of denoisers that always answer the same."""
 import math
 
 import jax
@@ -36,7 +36,7 @@ def log_density(data, x, tau=0.0):
 
 @pytest.mark.parametrize("name", ["linear", "rectified_flow", "edm", "sub_vp"])
 def test_ode_logp_is_the_analytic_log_density(name):
-    """Within 1e-3 nats: of the data, or where the process starts with visible noise tau = sigma / alpha, of the data with that noise."""
+    """Within 1e-3 nats: of the data, or where the process starts with visible noise tau, of the data with that noise."""
     schedule = SCHEDULES[name]()
     end = schedule.t_of_logsnr(jnp.maximum(schedule.logsnr(jnp.float32(1.0)), LOGSNR_MIN))
 
@@ -55,7 +55,7 @@ def test_ode_logp_is_the_analytic_log_density(name):
 
 
 def test_ode_logp_with_the_samplers_prior():
-    """The model starts from N(0, sigma(1)^2): its density is that of m + S^-1 (x_1 - alpha_1 m), S = std_1 / std_0, not that of the data."""
+    """The model starts from N(0, sigma(1)^2): its density is that of m + S^-1 (x_1 - alpha_1 m), S = std_1 / std_0."""
     schedule = SCHEDULES["scaled_linear"]()  # alpha(1) = 0.07: the two differ visibly
     x = points(GAUSSIAN, 64)
     found = jax.jit(lambda x: ode_logp(GAUSSIAN.denoiser(schedule), schedule, x, KEY, probe="exact"))(x)
@@ -102,19 +102,11 @@ def test_dequantisation_and_bits():
 
 # The variational bound
 
-def table(schedule, T):
-    """alpha^2 and sigma^2 at 0, 1/T, .., 1, float64."""
-    t = jnp.arange(1, T + 1) / jnp.float32(T)
-    a, s = (np.asarray(f(t), float) ** 2 for f in (schedule.alpha, schedule.sigma))
-    return np.concatenate([[1.0], a]), np.concatenate([[0.0], s])
-
-
 @pytest.mark.parametrize("variance", ["small", "large", 0.3])
 def test_vlb_terms_against_the_papers_formulas(variance):
-    """A denoiser that always answers c makes every term free of noise: Ho et al. 2020, eqs. 5, 7, 13, and Nichol & Dhariwal 2021, eq. 15."""
+    """A denoiser that always answers c frees every term of noise: Ho et al. 2020, eqs. 5, 7, 13; Nichol & Dhariwal 2021, eq. 15."""
     T, c = 8, 0.1
-    x0 = np.array([[-1.0, 1.0, -0.2, 101 / 127.5 - 1]]).round(6)
-    x0 = np.round((x0 + 1) * 127.5) / 127.5 - 1
+    x0 = np.array([[0, 255, 102, 140]]) / 127.5 - 1
 
     def denoise(x_t, t):
         x = jnp.full_like(x_t, c)
@@ -147,7 +139,7 @@ def test_vlb_terms_against_the_papers_formulas(variance):
 
 
 def mean_error(snr, x):
-    """E_eps |x - x0_hat(x_t)|^2 / 1 of the exact Gaussian denoiser, float64, summed over the two dimensions."""
+    """E_eps |x - x0_hat(x_t)|^2 of the exact Gaussian denoiser, float64, summed over the two dimensions."""
     d = ((x - M) @ np.linalg.eigh(GAUSSIAN.covs[0])[1]) ** 2
     snr = np.asarray(snr)[..., None]
     return np.sum((d + snr * C**2) / (1 + snr * C) ** 2, -1)
@@ -161,21 +153,20 @@ def limit(low, high, x):
 
 
 def test_discrete_bound_tends_to_the_limit_from_above():
-    """Each term is (SNR_s - SNR_t) / 2 E|x - x0_hat|^2; their sum exceeds the limit between the same ends by O(1 / T)."""
+    """Each term is (SNR_s - SNR_t) / 2 E|x - x0_hat|^2; their sum from t = 1/16 to 1 exceeds the limit there by O(1 / T)."""
     n, x = 3000, points(GAUSSIAN, 1)
     denoise, gaps = GAUSSIAN.denoiser(VP), {}
     for T in (16, 64, 256):
         bound = jax.jit(lambda x0: vlb_bpd(denoise, VP, x0, KEY, steps=T, bins=None))(jnp.broadcast_to(jnp.asarray(x), (n, 2)))
-        a, s = table(VP, T)
-        snr = a[1:] / s[1:]
+        snr = np.exp(np.asarray(VP.logsnr(jnp.arange(1, T + 1) / jnp.float32(T)), float))
         terms = 0.5 * (snr[:-1] - snr[1:]) * mean_error(snr[1:], x[0]) / BITS
         found = np.asarray(bound.diffusion, float)
         assert np.all(np.abs(found.mean(0) - terms) < 5 * found.std(0) / np.sqrt(n) + 1e-3 * terms)
-        gaps[T] = terms.sum() - limit(snr[-1], snr[0], x[0]) / BITS
-        total = found.sum(1)
-        gap = total.mean() - limit(snr[-1], snr[0], x[0]) / BITS
+        first, total = T // 16 - 1, found[:, T // 16 - 1:].sum(1)
+        infinite = limit(snr[-1], snr[first], x[0]) / BITS
+        gaps[T], gap = terms[first:].sum() - infinite, total.mean() - infinite
         assert abs(gap - gaps[T]) < 5 * total.std() / np.sqrt(n)
-        if T < 256:
+        if T == 16:
             assert gap > 5 * total.std() / np.sqrt(n)  # above, and by more than the sampling error
     assert gaps[16] > gaps[64] > gaps[256] > 0
     assert gaps[256] < 0.1 * gaps[16]
@@ -213,8 +204,13 @@ def test_limit_ignores_the_schedule_between_its_ends():
     n, x0 = 4000, points(MIXTURE, 4000)
     edm = SCHEDULES["edm"](sigma_max=50.0)
     schedules = (edm, SCHEDULES["ve"](sigma_min=0.001, sigma_max=50.0))
-    found = [np.asarray(jax.jit(lambda x0: vlb_limit_bpd(MIXTURE.denoiser(s), s, x0, jax.random.key(i), samples=20, bins=None,
-                                                         logsnr_max=9.0).diffusion)(x0), float).sum(1) for i, s in enumerate(schedules)]
+
+    @jax.jit
+    def run(x0):
+        return [vlb_limit_bpd(MIXTURE.denoiser(s), s, x0, jax.random.key(i), samples=20, bins=None, logsnr_max=9.0).diffusion
+                for i, s in enumerate(schedules)]
+
+    found = [np.asarray(terms, float).sum(1) for terms in run(x0)]
     difference = found[0] - found[1]
     assert abs(difference.mean()) < 4.5 * difference.std() / np.sqrt(n)
 

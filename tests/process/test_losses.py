@@ -41,7 +41,8 @@ def test_weights_mean_the_same_for_every_target(schedule):
     made = MADE[schedule]
     a, s = (np.asarray(f(T), np.float64) for f in (made.alpha, made.sigma))
     d = 0.5
-    gain = {"eps": 1 + 0 * a, "x0": a / s, "v": a / (a**2 + s**2), "flow": a / (a + s), "score": s, "edm": a * d / np.sqrt(s**2 + a**2 * d**2)}
+    gain = {"eps": 1 + 0 * a, "x0": a / s, "v": a / (a**2 + s**2), "flow": a / (a + s), "score": s,
+            "edm": a * d / np.sqrt(s**2 + a**2 * d**2)}
     for target in PARAMETERIZATIONS:
         if made.zero_terminal_snr and PARAMETERIZATIONS[target].needs_signal:
             continue
@@ -132,19 +133,19 @@ def test_edm_loss_is_karras_et_als():
 
 def test_one_key_per_example_and_options():
     schedule, x0 = MADE["linear"], jnp.linspace(-1, 1, 12).reshape(4, 3)
-    whole, _ = diffusion_loss(lambda x, t: 0.5 * x, schedule, "eps", x0, jax.random.key(0), weight=functools.partial(weights.min_snr, gamma=1.0))
-    part, _ = diffusion_loss(lambda x, t: 0.5 * x, schedule, "eps", x0[:2], jax.random.key(0), weight=functools.partial(weights.min_snr, gamma=1.0))
+    weight = functools.partial(weights.min_snr, gamma=1.0)
+    whole, part = (diffusion_loss(lambda x, t: 0.5 * x, schedule, "eps", x, jax.random.key(0), weight=weight)[0] for x in (x0, x0[:2]))
     np.testing.assert_allclose(part, whole[:2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "zero_terminal", "cosine_continuous"])
+@pytest.mark.parametrize("schedule", ["zero_terminal", "cosine_continuous"])
 def test_hybrid_loss_teaches_only_the_variance_through_the_bound(schedule):
     made, target = MADE[schedule], "v"
     x0 = jnp.round(jax.random.uniform(jax.random.key(5), (16, 3)) * 255) / 127.5 - 1
 
-    def loss(p, scale, weight="simple"):
+    def loss(p, scale):
         predict = lambda x, t: jnp.concatenate([p[0] * x, p[1] * jnp.ones_like(x)], -1)
-        value, metrics = diffusion_loss(predict, made, target, x0, jax.random.key(1), weight=weight, learned_variance=True, vlb_scale=scale)
+        value, metrics = diffusion_loss(predict, made, target, x0, jax.random.key(1), learned_variance=True, vlb_scale=scale)
         return value.sum(), metrics
 
     p = jnp.array([0.3, -0.2])
@@ -175,7 +176,9 @@ def test_importance_sampling_keeps_the_mean_and_lowers_the_variance():
     schedule, x0, n = MADE["rectified_flow"], jnp.zeros((4000, 1)), 4000
 
     def run(times, key):
-        return jax.jit(diffusion_loss, static_argnums=(0, 1, 2), static_argnames=("times", "weight"))(lambda x, t: jnp.zeros_like(x), schedule, "flow", x0, key, times=times, weight=lambda at: jnp.exp(-at.logsnr / 4))
+        return jax.jit(lambda x0, key: diffusion_loss(lambda x, t: jnp.zeros_like(x), schedule, "flow", x0, key, times=times,
+                                                      weight=lambda at: jnp.exp(-at.logsnr / 4)))(x0, key)
+
     plain, metrics = run("uniform", jax.random.key(0))
     state = update_importance(init_importance(20, 50), metrics["t"], metrics["loss"])
     sampled, _ = run(importance(state), jax.random.key(1))
@@ -189,12 +192,18 @@ def test_learned_uncertainty():
     plain, metrics = diffusion_loss(predict, schedule, "eps", x0, key)
     u = lambda logsnr: 0.3 + 0.1 * logsnr
     value, _ = diffusion_loss(predict, schedule, "eps", x0, key, log_uncertainty=u)
-    np.testing.assert_allclose(value, plain * np.exp(-u(schedule.logsnr(metrics["t"]))) + u(schedule.logsnr(metrics["t"])), rtol=1e-5)
+    at = u(schedule.logsnr(metrics["t"]))
+    np.testing.assert_allclose(value, plain * np.exp(-at) + at, rtol=1e-5)
     params = losses.init_uncertainty(32)
     np.testing.assert_array_equal(losses.uncertainty(params, jnp.array([-jnp.inf, 0.0, jnp.inf])), 0.0)
     # at its best u is the log of the expected loss: gradient descent finds it at one noise level
     logsnr, error = jnp.zeros(1), 7.0
-    step = jax.jit(lambda p: p - jax.grad(lambda p: jnp.sum(error * jnp.exp(-losses.uncertainty(p, logsnr)) + losses.uncertainty(p, logsnr)))(p))
+
+    def expected(params):
+        u = losses.uncertainty(params, logsnr)
+        return jnp.sum(error * jnp.exp(-u) + u)
+
+    step = jax.jit(lambda params: params - jax.grad(expected)(params))
     for _ in range(200):
         params = step(params)
     np.testing.assert_allclose(losses.uncertainty(params, logsnr), np.log(error), atol=1e-3)

@@ -53,7 +53,8 @@ def test_convert_any_to_any(source):
         for target in PARAMETERIZATIONS:
             given, wanted = (np.asarray(PARAMETERIZATIONS[n].target(X0, EPS, a, s)) for n in (source, target))
             found = convert(jnp.asarray(given, jnp.float32), x_t, T, schedule, source, target)
-            np.testing.assert_allclose(found, wanted, atol=3e-4 * max(np.abs(wanted).max(), 1), err_msg=f"{schedule.name} {target}")
+            size = max(np.abs(wanted).max(), 1)
+            np.testing.assert_allclose(found, wanted, atol=3e-4 * size, err_msg=f"{schedule.name} {target}")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -80,7 +80,8 @@ def test_importance_memory_is_a_queue():
 
 
 def test_importance_is_uniform_until_full_and_unbiased_after():
-    np.testing.assert_allclose(times.importance_probabilities(update_importance(init_importance(5, 2), jnp.array([0.3]), jnp.array([9.0]))), 0.2)
+    early = update_importance(init_importance(5, 2), jnp.array([0.3]), jnp.array([9.0]))
+    np.testing.assert_allclose(times.importance_probabilities(early), 0.2)
     state = init_importance(bins=10, length=1)
     middles = (jnp.arange(10) + 0.5) / 10
     state = update_importance(state, middles, jnp.arange(10) + 1.0)

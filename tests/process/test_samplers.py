@@ -1,0 +1,402 @@
+"""Sampling methods against exact denoisers: orders of convergence, laws, ends of the schedules, limits in which methods coincide."""
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.process import PARAMETERIZATIONS, SAMPLERS, SCHEDULES, denoiser, prior, sample
+from ldm_jax.process.langevin import langevin
+from ldm_jax.process.multistep import exponential_moments
+from ldm_jax.process.parameterizations import check_parameterization
+from ldm_jax.process.samplers import make_sampler
+from ldm_jax.types import UserError, example_keys, fold_in, normal
+from tests.oracle import GAUSSIAN, MIXTURE, gaussian, ode_solution, point_mass, side_by_side
+
+KEY = jax.random.key(0)
+ROWS = list(SAMPLERS)
+EAGER = [name for name in ROWS if name != "ode"]  # diffrax compiles whatever it is told
+# in addition to every row's defaults
+VARIANTS = [("dpmpp_2m", dict(solver="heun")), ("dpmpp_2s", dict(ratio=0.7)), ("unipc", dict(variant="bh1")), ("unipc", dict(order=1)),
+            ("lms", dict(order=1)), ("lms", dict(order=3)), ("pndm", dict(start="runge_kutta"))]
+
+
+def made(name, **options):
+    if name == "ode":
+        pytest.importorskip("diffrax")
+    return make_sampler(name, **options)
+
+
+def options_of(name):
+    return {k: p.default for k, p in inspect.signature(SAMPLERS[name]).parameters.items()}
+
+
+def one_of_each_family():
+    """The first schedule of each family: in lambda = logsnr / 2 the ODE methods see no more of a schedule than its family."""
+    first = {}
+    for row in SCHEDULES.values():
+        first.setdefault(row().family, row())
+    return list(first.values())
+
+
+# ---- orders of convergence -------------------------------------------------------------------------------------------------------
+
+HIGH, LOW = -2.4, 2.4  # lambda, within the range of every schedule
+STEPS = np.array([64, 128, 256])
+
+
+def slopes(sampler, schedules, uniform_in_t=False):
+    """[schedule] slope of log error against log steps, between the two largest numbers of steps, on the mixture's ODE."""
+    both, n = side_by_side(schedules, len(STEPS)), np.tile(STEPS, len(schedules))
+    start = np.array([[0.8, -1.1]]) * np.hypot(1, np.exp(-HIGH))  # x / alpha
+    end = np.asarray(ode_solution(MIXTURE, jnp.asarray(start), HIGH, LOW))
+    part = np.minimum(np.arange(STEPS[-1] + 1)[:, None] / n, 1.0)
+    if uniform_in_t:
+        first, last = (np.asarray(both.t_of_logsnr(jnp.full(n.shape, 2 * lam))) for lam in (HIGH, LOW))
+        times = jnp.asarray(first + (last - first) * part)
+    else:
+        # the first steps, which are of lower order in methods with a memory, must not be the ones that are seen
+        grade = max(1.0, (sampler.order or 1) / 2)
+        times = both.t_of_logsnr(jnp.asarray(2 * (HIGH + (LOW - HIGH) * part**grade)))
+    first, last = (both.alpha(t)[:, None] for t in (times[0], times[-1]))
+    x, want, unit = (last * end, first * start, first) if sampler.upwards else (first * start, last * end, last)
+    run = jax.jit(lambda x: sample(MIXTURE.denoiser(both), both, x, KEY, sampler=sampler, steps=jnp.asarray(n), capacity=int(STEPS[-1]),
+                                   grid=times))
+    error = np.abs(np.asarray((run(x) - want) / unit)).max(1).reshape(len(schedules), -1)
+    return -np.diff(np.log2(error), axis=1)[:, -1]
+
+
+@pytest.mark.parametrize("name, options", [(name, {}) for name in ROWS if name != "ode"] + VARIANTS)
+def test_order_of_convergence(name, options):
+    sampler = made(name, **options)
+    if sampler.order is None:
+        return  # random: see test_law
+    with jax.enable_x64(True):
+        found = slopes(sampler, one_of_each_family())
+    tolerance = 0.15 if sampler.order < 3 or name == "lms" else 0.25
+    np.testing.assert_allclose(found, sampler.order, atol=tolerance)
+
+
+def test_euler_in_t_converges_for_every_schedule():
+    """Its steps are in t, so that it does see each schedule."""
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(slopes(make_sampler("euler"), [row() for row in SCHEDULES.values()], uniform_in_t=True), 1, atol=0.15)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_three_answers_are_exact_for_a_parabola_in_lambda(eta):
+    """With x0 = a + b lambda + c lambda^2, equation (5) of multistep.py has a closed form, whatever the steps."""
+    with jax.enable_x64(True):
+        schedule = SCHEDULES["ve"]()
+        lam = np.array([-2.0, -1.8, -1.1, -0.6, 0.4])
+        f = np.polynomial.Polynomial([0.3, -0.7, 0.2])
+        times = schedule.t_of_logsnr(jnp.asarray(2 * lam))
+
+        def denoise(x_t, t):
+            return f(0.5 * schedule.logsnr(t))[:, None]
+
+        x = jnp.ones((1, 1))
+        out = sample(denoise, schedule, x, KEY, sampler="dpmpp_3m", steps=4, grid=times, trajectory=True)[1]["x"][:, 0, 0]
+    # d(x / sigma) = x0 exp(lambda) d lambda, whose integral is exp(lambda) (f - f' + f'')
+    integral = [np.exp(u) * (f(u) - f.deriv()(u) + f.deriv(2)(u)) for u in lam]
+    sigma = np.exp(-lam)
+    if eta == 0.0:
+        for i in (2, 3):  # from the third step on
+            np.testing.assert_allclose(out[i + 1] / sigma[i + 1] - out[i] / sigma[i], integral[i + 1] - integral[i], rtol=1e-6)
+
+
+def test_exponential_moments():
+    h = np.array([1e-4, 0.03, 0.9, 1.1, 7.0, np.inf])
+    u, w = np.polynomial.legendre.leggauss(60)
+    u, w = (u + 1) / 2, w / 2
+    with np.errstate(invalid="ignore", over="ignore"):
+        want = [[np.sum(w * h_ * np.exp(-h_ * (1 - u)) * u**k) if np.isfinite(h_) else 1.0 for h_ in h] for k in range(4)]
+    np.testing.assert_allclose(np.stack(exponential_moments(jnp.asarray(h, jnp.float32), 4)), want, rtol=2e-5)
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------------------
+
+LAW_OPTIONS = {"annealed_langevin": dict(delta=0.05, repeats=4), "edm": dict(s_churn=30.0, s_noise=1.0), "ddim": dict(eta=0.6)}
+LAWS = [name for name in ROWS if not made(name).upwards] if False else [n for n in ROWS if n != "ddim_inversion"]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_law(name):
+    """Mean and covariance of the mixture, at two numbers of steps, from noise at t = 1 to t = 0 on a flow and on a VP process."""
+    each, counts = 2000, [48, 96]
+    sampler = made(name, **LAW_OPTIONS.get(name, {}))
+    counts = [1, 2] if name == "ode" else counts
+    schedules = [SCHEDULES["rectified_flow"](), SCHEDULES["vp_sde"]()]
+    both = side_by_side(schedules, len(counts) * each)
+    n = np.tile(np.repeat(counts, each), len(schedules))
+    part = np.arange(counts[-1] + 1)[:, None] / n
+    lam = -4.0 + 8.0 * part  # even in lambda, then from lambda = 4 to the data
+    times = jnp.where(part >= 1, 0.0, jnp.where(part <= 0, 1.0, both.t_of_logsnr(jnp.asarray(2 * lam, jnp.float32))))
+    x = both.sigma(jnp.ones(len(n)))[:, None] * normal(KEY, (len(n), 2))
+    out = jax.jit(lambda x: sample(MIXTURE.denoiser(both), both, x, jax.random.key(1), sampler=sampler, steps=jnp.asarray(n),
+                                   capacity=counts[-1], grid=times))(x)
+    out = np.asarray(out, np.float64).reshape(len(schedules), len(counts), each, 2)
+    std = np.sqrt(np.diag(MIXTURE.cov()))
+    for i, schedule in enumerate(schedules):
+        for j, count in enumerate(counts):
+            bias = 0.0 if name == "ode" else 3.0 / count  # what a first-order method is allowed, relative
+            mean, cov = out[i, j].mean(0), np.cov(out[i, j].T)
+            assert np.all(np.abs(mean - MIXTURE.mean()) < 4.5 * std / each**0.5 + bias * std), (schedule.name, count, mean)
+            assert np.all(np.abs(cov - MIXTURE.cov()) < (4.5 * (2 / each) ** 0.5 + bias) * np.outer(std, std)), (schedule.name, count, cov)
+
+
+@pytest.mark.parametrize("delta", [0.02, 0.5])
+def test_langevin_stationary_law(delta):
+    """On N(m, v) at a fixed time the chain is linear: its own stationary variance is v / (1 - delta sigma^2 / (2 v)), which tends to v."""
+    schedule, t, n = SCHEDULES["rectified_flow"](), 0.4, 20000
+    data = gaussian([0.5, -1.0], [[0.6, 0.0], [0.0, 0.05]])
+    alpha, sigma2 = 0.6, 0.16
+    v = alpha**2 * np.array([0.6, 0.05]) + sigma2
+    x = jnp.zeros((n, 2))
+    x = jax.jit(lambda x: langevin(data.denoiser(schedule), schedule, x, jnp.full(n, t), example_keys(KEY, n), delta, int(20 / delta)))(x)
+    stationary = v / (1 - delta * sigma2 / (2 * v))
+    np.testing.assert_allclose(x.mean(0), alpha * data.mean(), atol=4.5 * (stationary.max() / n) ** 0.5)
+    np.testing.assert_allclose(x.var(0), stationary, rtol=4.5 * (2 / n) ** 0.5)
+
+
+def test_ddpm_variances():
+    """One step from many copies of one x: the spread is that of the variance asked for, frac interpolating its logarithm."""
+    schedule, n = SCHEDULES["cosine"](), 20000
+    t, s = np.float32(0.6), np.float32(0.5)
+    a_t, s_t, a_s, s_s = (float(f(u)) for u in (t, s) for f in (schedule.alpha, schedule.sigma))
+    beta = 1 - (a_t / a_s) ** 2
+    small, large = s_s**2 / s_t**2 * beta, beta  # Ho et al. 2020, section 3.2
+    x, times = jnp.full((n, 1), 0.3), jnp.asarray([t, s])
+
+    def spread(denoise, variance):
+        return float(np.var(sample(denoise, schedule, x, KEY, sampler="ddpm", variance=variance, steps=1, grid=times)))
+
+    def plain(x_t, t):
+        return 0.2 * x_t
+
+    def learned(x_t, t):
+        return 0.2 * x_t, jnp.full_like(x_t, 0.25)
+
+    for got, want in [(spread(plain, "small"), small), (spread(plain, "large"), large),
+                      (spread(learned, "learned"), large**0.25 * small**0.75), (spread(learned, "small"), small)]:
+        assert abs(got / want - 1) < 4.5 * (2 / n) ** 0.5
+    with pytest.raises(UserError, match="learns one"):
+        spread(plain, "learned")
+
+
+# ---- limits in which methods coincide --------------------------------------------------------------------------------------------
+
+def end_of(name, schedule_name="linear", steps=7, grid="uniform", key=KEY, denoise=None, **options):
+    schedule = SCHEDULES[schedule_name]()
+    with jax.disable_jit():
+        return np.asarray(sample(denoise or MIXTURE.denoiser(schedule), schedule, prior(schedule, jax.random.key(3), (5, 2)), key,
+                                 sampler=made(name, **options), steps=steps, grid=grid))
+
+
+@pytest.mark.parametrize("one, other, schedule", [
+    (("ddim", {}), ("euler", {}), "rectified_flow"),
+    (("heun", {}), ("edm", {}), "ve"),
+    (("ddim", dict(eta=1.0)), ("ddpm", {}), "linear"),
+    (("ddim", dict(eta=1.0)), ("ddpm", {}), "rectified_flow"),
+    (("ddim", dict(eta=0.3)), ("euler_ancestral", dict(eta=0.3)), "linear"),
+    (("ddim", {}), ("lms", dict(order=1)), "cosine"),
+    (("euler", {}), ("euler_maruyama", dict(eta=0.0)), "linear"),
+    (("dpmpp_2m", dict(eta=1.0)), ("dpmpp_2m_sde", {}), "linear"),
+    (("ddim", {}), ("predictor_corrector", dict(predictor="ddim", repeats=0)), "linear"),
+    (("dpmpp_2m", dict(solver="heun")), ("dpmpp_2m", {}), "point"),
+])
+def test_coincide(one, other, schedule):
+    if schedule == "point":
+        denoise = point_mass([0.3, -0.8]).denoiser(SCHEDULES["linear"]())
+        a, b = (end_of(name, "linear", denoise=denoise, **options) for name, options in (one, other))
+    else:
+        a, b = (end_of(name, schedule, **options) for name, options in (one, other))
+    np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, np.abs(a).max()))
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "unipc", "lms", "pndm"])
+@pytest.mark.parametrize("schedule", ["linear", "rectified_flow"])
+def test_first_step_and_the_step_into_data_are_ddim(name, schedule):
+    """One step from t = 1 to t = 0, and for those with a memory the first step of more."""
+    np.testing.assert_allclose(end_of(name, schedule, steps=1), end_of("ddim", schedule, steps=1), atol=1e-6)
+    if name in ("dpmpp_2m", "dpmpp_3m", "unipc", "lms"):
+        grid = jnp.asarray([1.0, 0.4])
+        np.testing.assert_allclose(end_of(name, schedule, steps=1, grid=grid), end_of("ddim", schedule, steps=1, grid=grid), atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "ve", "rectified_flow"])
+@pytest.mark.parametrize("name", [name for name in EAGER if name not in ("euler", "euler_maruyama", "ddim_inversion")])
+def test_point_mass_is_exact_in_one_step(name, schedule):
+    denoise = point_mass([0.3, -0.8]).denoiser(SCHEDULES[schedule]())
+    np.testing.assert_allclose(end_of(name, schedule, steps=1, denoise=denoise), np.tile([[0.3, -0.8]], (5, 1)), atol=1e-6)
+
+
+def test_ode_agrees_with_the_reference_solution():
+    schedule = SCHEDULES["linear"]()
+    start = np.array([[0.8, -1.1]]) * np.hypot(1, np.exp(-HIGH))
+    times = schedule.t_of_logsnr(jnp.asarray([2 * HIGH, 2 * LOW], jnp.float32))
+    first, last = float(schedule.alpha(times[0])), float(schedule.alpha(times[1]))
+    end = np.asarray(ode_solution(MIXTURE, jnp.asarray(start, jnp.float32), HIGH, LOW))
+    denoise = MIXTURE.denoiser(schedule)
+    for solver in ("dopri5", "tsit5"):
+        out = sample(denoise, schedule, jnp.asarray(first * start, jnp.float32), KEY, sampler=made("ode", solver=solver), steps=1, grid=times)
+        np.testing.assert_allclose(out, last * end, atol=1e-4)
+
+
+def test_ode_needs_diffrax(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "diffrax", None)
+    with pytest.raises(UserError, match="pip install diffrax"):
+        make_sampler("ode")
+
+
+# ---- the ends of every schedule, and every target --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("schedule_name", list(SCHEDULES))
+def test_every_legal_combination_is_finite_at_the_ends(schedule_name):
+    """Every sampler x target in float32, on the paths 1 -> 0, 1 -> 0.5 -> 0, 1 -> 1 - 1/1000 -> 1/1000 -> 0, for a bounded network."""
+    schedule = SCHEDULES[schedule_name]()
+    legal = []
+    for target in PARAMETERIZATIONS:
+        try:
+            check_parameterization(target, schedule)
+            legal.append(target)
+        except UserError:
+            pass
+    assert "x0" in legal and "v" in legal
+    paths = np.array([[1.0, 0, 0, 0], [1.0, 0.5, 0, 0], [1.0, 0.999, 0.001, 0]], np.float32)
+    size, steps = len(legal) * len(paths), np.tile([1, 2, 3], len(legal))
+    denoisers = [denoiser(lambda x_t, t: jnp.tanh(x_t), schedule, target) for target in legal]
+
+    def denoise(x_t, t):  # example i has target i // len(paths)
+        answers = [d(x_t[i * 3:i * 3 + 3], t[i * 3:i * 3 + 3]) for i, d in enumerate(denoisers)]
+        return jnp.concatenate(answers)
+
+    grid = jnp.asarray(np.tile(paths, (len(legal), 1)).T)
+    with jax.disable_jit():
+        for name in EAGER:
+            options = dict(repeats=2) if name == "annealed_langevin" else dict(s_churn=1.0) if name == "edm" else {}
+            x = prior(schedule, KEY, (size, 2))
+            out = sample(denoise, schedule, x, KEY, sampler=name, steps=jnp.asarray(steps), capacity=3, grid=grid, **options)
+            finite = np.isfinite(np.asarray(out)).all(1).reshape(len(legal), len(paths))
+            assert finite.all(), (name, [legal[i] for i in np.flatnonzero(~finite.all(1))], np.flatnonzero(~finite.all(0)))
+            assert out.dtype == jnp.float32
+
+
+# ---- what `sample` promises ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", EAGER)
+def test_an_example_depends_on_its_own_key_only(name):
+    schedule = SCHEDULES["rectified_flow"]()
+    denoise, sampler = MIXTURE.denoiser(schedule), made(name)
+    with jax.disable_jit():
+        eight = sample(denoise, schedule, prior(schedule, KEY, (6, 2)), jax.random.key(1), sampler=sampler, steps=3)
+        four = sample(denoise, schedule, prior(schedule, KEY, (4, 2)), jax.random.key(1), sampler=sampler, steps=3)
+    np.testing.assert_allclose(four, eight[:4], atol=1e-6)
+    if sampler.order is None:
+        assert np.std(np.asarray(eight) - np.asarray(eight)[:1]) > 0
+
+
+@pytest.mark.parametrize("name, option", [(name, k) for name in EAGER for k, v in options_of(name).items()
+                                          if isinstance(v, float) or k == "order"])
+def test_options_may_differ_within_a_batch(name, option):
+    """An array of settings [B] gives each example what it gets with its own setting alone."""
+    schedule, x = SCHEDULES["linear"](), prior(SCHEDULES["linear"](), KEY, (2, 3))
+    a, b = (1, 2) if option == "order" else (0.05, 0.3) if option == "delta" else (0.4, 0.9)
+    rest = dict(s_churn=2.0) if name == "edm" and option != "s_churn" else {}
+
+    def run(value):
+        with jax.disable_jit():
+            return sample(lambda x_t, t: 0.3 * jnp.sin(x_t), schedule, x, jax.random.key(1), sampler=name, steps=3, **{option: value, **rest})
+
+    mixed, first, second = run(jnp.asarray([a, b])), run(a), run(b)
+    np.testing.assert_allclose(mixed[0], first[0], atol=1e-5)
+    np.testing.assert_allclose(mixed[1], second[1], atol=1e-5)
+    assert not np.allclose(first, second, atol=1e-4) or option in ("s_tmin", "s_tmax", "s_noise")
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "unipc", "pndm", "ddim_inversion"])
+def test_steps_may_differ_within_a_batch(name):
+    schedule = SCHEDULES["linear"]()
+    denoise, x = MIXTURE.denoiser(schedule), 0.5 * normal(KEY, (3, 2))
+    with jax.disable_jit():
+        mixed = sample(denoise, schedule, x, jax.random.key(1), sampler=name, steps=jnp.asarray([2, 5, 3]))
+        alone = [sample(denoise, schedule, x, jax.random.key(1), sampler=name, steps=n) for n in (2, 5, 3)]
+    np.testing.assert_allclose(mixed, np.stack([alone[i][i] for i in range(3)]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_numbers_may_be_traced(name):
+    """Steps and every numeric option are inputs of the compiled program: tracing it fails if one is asked for its value."""
+    made(name)
+    schedule = SCHEDULES["rectified_flow"]()
+    numbers = {k: jnp.float32(v) for k, v in options_of(name).items()
+               if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "max_steps"}
+
+    def run(x, steps, numbers):
+        return sample(MIXTURE.denoiser(schedule), schedule, x, KEY, sampler=name, steps=steps, capacity=4, **numbers)
+
+    out = jax.eval_shape(run, jnp.zeros((3, 2)), jnp.int32(2), numbers)
+    assert out.shape == (3, 2) and out.dtype == jnp.float32
+
+
+def test_one_compilation_and_only_the_steps_asked_for():
+    """Steps, eta and the grid's numbers change without compiling again; of the capacity only `steps` calls are made."""
+    schedule, calls = SCHEDULES["linear"](), []
+
+    def denoise(x_t, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return 0.2 * x_t
+
+    @jax.jit
+    def run(x, steps, eta):
+        return sample(denoise, schedule, x, KEY, sampler="ddim", eta=eta, steps=steps, capacity=20)
+
+    x = prior(schedule, KEY, (2, 2))
+    for steps, eta in [(3, 0.0), (20, 0.5), (1, jnp.asarray(1.0))]:
+        before = len(calls)
+        padded = run(x, steps, eta)
+        jax.effects_barrier()
+        assert len(calls) - before == steps
+        exact = sample(lambda x_t, t: 0.2 * x_t, schedule, x, KEY, sampler="ddim", eta=eta, steps=steps)
+        np.testing.assert_allclose(padded, exact, atol=1e-5)
+    assert run._cache_size() == 1
+
+
+def test_trajectory_and_upwards():
+    schedule = SCHEDULES["linear"]()
+    denoise, x = MIXTURE.denoiser(schedule), prior(schedule, KEY, (2, 2))
+    end, path = sample(denoise, schedule, x, KEY, steps=4, trajectory=True)
+    np.testing.assert_array_equal(path["x"][0], x)
+    np.testing.assert_array_equal(path["x"][-1], end)
+    np.testing.assert_allclose(path["t"], [1, 0.75, 0.5, 0.25, 0], atol=1e-6)
+    _, path = sample(denoise, schedule, x, KEY, sampler="ddim_inversion", steps=2, capacity=4, trajectory=True)
+    np.testing.assert_allclose(path["t"], [0, 0.5, 1, 1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(sampler="dimm"), "ddim"), (dict(sampler="heun", eta=1.0), "no option eta"), (dict(sampler="unipc", order=4), "1, 2, 3"),
+    (dict(sampler="ddpm", variance="tiny"), "learned"), (dict(steps=0), "at least 1"), (dict(steps=5, capacity=3), "capacity"),
+    (dict(sampler="dpmpp_2m", solver="rk"), "midpoint"), (dict(sampler=make_sampler("ddim"), eta=1.0), "made already"),
+    (dict(steps=2, grid=jnp.asarray([1.0, 0.0])), "takes 3"), (dict(sampler="predictor_corrector", predictor="x"), "ddpm"),
+])
+def test_errors(wrong, says):
+    schedule = SCHEDULES["linear"]()
+    with pytest.raises(UserError, match=says):
+        sample(MIXTURE.denoiser(schedule), schedule, jnp.zeros((1, 2)), KEY, **wrong)
+
+
+def test_capacity_is_required_for_traced_steps():
+    schedule = SCHEDULES["linear"]()
+    with pytest.raises(UserError, match="give capacity"):
+        jax.eval_shape(lambda n: sample(MIXTURE.denoiser(schedule), schedule, jnp.zeros((1, 2)), KEY, steps=n), jnp.int32(3))
+
+
+def test_gradient_through_a_multistep_sampler_is_finite():
+    """Methods with branches at the ends must not leak a masked infinity into the gradient."""
+    schedule = SCHEDULES["rectified_flow"]()
+    denoise = GAUSSIAN.denoiser(schedule)
+    for name in ("dpmpp_2m", "unipc"):
+        g = jax.grad(lambda x: jnp.sum(sample(denoise, schedule, x, KEY, sampler=name, steps=3) ** 2))(jnp.ones((2, 2)))
+        assert np.isfinite(np.asarray(g)).all() and np.abs(g).max() > 0
