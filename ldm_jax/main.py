@@ -25,12 +25,16 @@ FLAGS = flags.FLAGS
 
 
 def parse(argv):
-    """absl's parser, with config files' and overrides' errors in one line."""
+    """absl's parser, with every error of flags, config files and overrides in one line."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, OSError, UserError) as error:
-        text = " ".join(str(error).split())
-        fail(f"{text[:300]}. See the keys in the config file; --config.a.b=value sets one")
+        rest = FLAGS(argv)
+        FLAGS.config is None or FLAGS.config.to_dict()  # a config file that could not be loaded says so only when it is used
+        return rest
+    except (flags.Error, AttributeError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
+        lines = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\" ").splitlines()
+        if isinstance(error, OSError) or any("Traceback" in line for line in lines):
+            fail(f"--config: {lines[-1].strip()}")
+        fail(" ".join(lines) + "; the config file lists its keys, --config.a.b=value sets one")
 
 
 def fail(message: str, code: int = 2):
@@ -45,7 +49,8 @@ def main(argv):
         fail(f"unexpected argument {argv[1]!r}; settings are given as --config.a.b=value")
     if not FLAGS.workdir or (FLAGS.mode == "train" and FLAGS.config is None):
         fail("give " + ("--config=configs/NAME.py and --workdir=DIR" if FLAGS.mode == "train" else "--workdir=DIR"))
-    logging.set_verbosity(logging.WARNING)
+    if not FLAGS.debug:
+        logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each error that it also raises
     import jax
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/ldm_jax/compiled"))

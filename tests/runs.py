@@ -25,7 +25,8 @@ def command(*arguments):
 
 
 def environment(**more):
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE, **more}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **more}
 
 
 def main(*arguments, shell_prefix=None, **more):

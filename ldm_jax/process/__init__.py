@@ -9,6 +9,6 @@ from ldm_jax.process.parameterizations import PARAMETERIZATIONS, convert, denois
 from ldm_jax.process.samplers import SAMPLERS, Sampler, prior, sample
 from ldm_jax.process.schedules import SCHEDULES, Schedule
 
-__all__ = ["DISTILLATIONS", "FEW_STEP", "GRIDS", "GUIDANCE", "PARAMETERIZATIONS", "SAMPLERS", "SCHEDULES", "TIMES", "WEIGHTS",
-           "Sampler", "Schedule", "bits_per_dim", "convert", "dds_gradient", "denoiser", "dequantize", "diffusion_loss", "ode_logp", "prior", "sample", "sds_gradient",
-           "surrogate_loss", "vlb_bpd", "vlb_limit_bpd", "vsd_gradient"]
+__all__ = ["DISTILLATIONS", "FEW_STEP", "GRIDS", "GUIDANCE", "PARAMETERIZATIONS", "SAMPLERS", "SCHEDULES", "Sampler", "Schedule",
+           "TIMES", "WEIGHTS", "bits_per_dim", "convert", "dds_gradient", "denoiser", "dequantize", "diffusion_loss", "ode_logp",
+           "prior", "sample", "sds_gradient", "surrogate_loss", "vlb_bpd", "vlb_limit_bpd", "vsd_gradient"]

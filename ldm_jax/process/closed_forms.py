@@ -149,9 +149,9 @@ def sigmoid(start: float = -3.0, end: float = 3.0, tau: float = 1.0, floor: floa
 def laplace(mu: float = 0.0, b: float = 0.5, logsnr_min: float = -6.0) -> Schedule:
     """logsnr = mu - b sgn(1/2 - u) log(1 - 2 |u - 1/2|): for uniform u, logsnr is Laplace(mu, b) (Hang et al. 2024).
 
-    Variance preserving. u = t (1 - delta) stops short of 1, where alpha would be 0 with an infinite slope: logsnr(1) = `logsnr_min`, as far
-    as t resolves in float32. Most of the noising happens near the ends, so steps that are even in logsnr suit it better than steps
-    that are even in t.
+    Variance preserving. u = t (1 - delta) stops short of 1, where alpha would be 0 with an infinite slope: logsnr(1) =
+    `logsnr_min`, as far as t resolves in float32. Most of the noising happens near the ends, so steps that are even in logsnr
+    suit it better than steps that are even in t.
     """
     if not (b > 0 and logsnr_min < mu):
         raise UserError(f"schedule 'laplace' needs b > 0 and logsnr_min < mu; got mu={mu!r}, b={b!r}, logsnr_min={logsnr_min!r}")

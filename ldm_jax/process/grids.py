@@ -215,4 +215,5 @@ def respaced(schedule: Schedule, steps, capacity: int, sections: Union[None, str
 
 
 GRIDS = {"uniform": uniform, "trailing": trailing, "leading": leading, "linspace": linspace, "karras": karras,
-         "exponential": exponential, "logsnr_uniform": logsnr_uniform, "shifted": shifted, "explicit": explicit, "respaced": respaced}
+         "exponential": exponential, "logsnr_uniform": logsnr_uniform, "shifted": shifted, "explicit": explicit,
+         "respaced": respaced}

@@ -23,7 +23,8 @@ def uniform(key: Array, n: int, schedule: Schedule) -> Array:
 def stratified(key: Array, n: int, schedule: Schedule) -> Array:
     """t_i = u + i / n modulo 1 with one u: every t is uniform, and each interval of length 1 / n gets one.
 
-    (Kingma et al. 2021.)     The one draw of the library that depends on the size of the batch, as it must: it lowers the variance of the batch's mean.
+    (Kingma et al. 2021.) The one draw of the library that depends on the size of the batch, as it must: it lowers the variance of
+    the batch's mean.
     """
     u = jax.random.uniform(key[0] if key.ndim else key, (), jnp.float32)
     return 1.0 - (u + jnp.arange(n) / n) % 1.0
@@ -35,7 +36,7 @@ def logit_normal(key: Array, n: int, schedule: Schedule, mean: float = 0.0, std:
 
 
 def mode(key: Array, n: int, schedule: Schedule, scale: float = 1.29) -> Array:
-    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u uniform; scale > 0 favours the middle, < 0 the ends (Esser et al. 2024, eq. 20).
+    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u uniform; scale > 0 favours the middle (Esser et al. 2024, eq. 20).
 
     Raises:
       UserError: when `scale` leaves [-1, 2 / (pi - 2)], where t is monotone in u.

@@ -63,7 +63,7 @@ def vlb(at: Level) -> Array:
 
 
 def hybrid(at: Level, scale: float = 1e-3) -> Array:
-    """simple + scale vlb, for a net of fixed variance; for a learned one see `diffusion_loss` (Nichol & Dhariwal 2021, eq. 16)."""
+    """simple + scale vlb, for a fixed variance; for a learned one see `diffusion_loss` (Nichol & Dhariwal 2021, eq. 16)."""
     return 1.0 + scale * at.vlb
 
 

@@ -4,12 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.process.distillation import DISTILLATION_WEIGHTS, DISTILLATIONS, dds_gradient, sds_gradient, surrogate_loss, vsd_gradient
+from ldm_jax.process.distillation import (DISTILLATION_WEIGHTS, DISTILLATIONS, dds_gradient, sds_gradient, surrogate_loss,
+                                          vsd_gradient)
 from ldm_jax.process.schedules import SCHEDULES
 from ldm_jax.types import UserError, example_keys, normal
 from tests.oracle import GAUSSIAN, gaussian, point_mass
 
-W = {"sigma2": lambda a, s: s**2, "uniform": lambda a, s: 1.0 + 0 * s, "alpha_sigma2": lambda a, s: a * s**2, "x0": lambda a, s: s / a}
+W = {"sigma2": lambda a, s: s**2, "uniform": lambda a, s: 1.0 + 0 * s, "alpha_sigma2": lambda a, s: a * s**2,
+     "x0": lambda a, s: s / a}
 FLOW = SCHEDULES["rectified_flow"]()
 
 
@@ -89,7 +91,7 @@ def test_descent_reaches_the_mode():
 
 
 def test_surrogate_loss_has_the_gradient():
-    """jax.grad of the surrogate, through a generator, is the returned gradient times dx / dtheta, without the network's Jacobian."""
+    """jax.grad of the surrogate, through a generator, is the returned gradient times dx / dtheta, with no Jacobian of the network."""
     key, denoise, theta = jax.random.key(6), GAUSSIAN.denoiser(FLOW), images(4)
 
     def loss(theta):

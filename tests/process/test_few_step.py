@@ -1,5 +1,5 @@
-"""Few-step objectives at their known minimisers. For Gaussian data N(m, C) the probability flow is linear: with the eigenvalues
-c of C and std_t = sqrt(alpha_t^2 c + sigma_t^2), x_t goes to alpha_s m + (std_s / std_t) (x_t - alpha_t m) along each eigenvector."""
+"""Few-step objectives at their known minimisers. For Gaussian data N(m, C) the probability flow is linear: with the eigenvalues c
+of C and std_t = sqrt(alpha_t^2 c + sigma_t^2), x_s = alpha_s m + (std_s / std_t) (x_t - alpha_t m) along each eigenvector."""
 import functools
 import itertools
 
@@ -104,7 +104,7 @@ def test_reflow_pairs_follow_the_flow():
 
 
 def test_reflow_minimiser_is_straight():
-    """x0 = m + A eps, A = C^(1/2): no paths cross, and their velocity (I - A) ((1 - t) A + t)^-1 (x - (1 - t) m) - m has no loss."""
+    """x0 = m + A eps, A = C^(1/2): no paths cross; their velocity (I - A) ((1 - t) A + t)^-1 (x - (1 - t) m) - m has no loss."""
     eps, a = noise(N, 2), np.sqrt(EIGENVALUES)[None]
     x0 = flow_map(FLOW, eps, jnp.ones(N), jnp.zeros(N))
 

@@ -134,7 +134,8 @@ def test_edm_loss_is_karras_et_als():
 def test_one_key_per_example_and_options():
     schedule, x0 = MADE["linear"], jnp.linspace(-1, 1, 12).reshape(4, 3)
     weight = functools.partial(weights.min_snr, gamma=1.0)
-    whole, part = (diffusion_loss(lambda x, t: 0.5 * x, schedule, "eps", x, jax.random.key(0), weight=weight)[0] for x in (x0, x0[:2]))
+    whole, part = (diffusion_loss(lambda x, t: 0.5 * x, schedule, "eps", x, jax.random.key(0), weight=weight)[0]
+                   for x in (x0, x0[:2]))
     np.testing.assert_allclose(part, whole[:2], rtol=1e-6)
 
 
