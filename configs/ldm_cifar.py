@@ -4,7 +4,7 @@ denoiser in its latents.
     python -m ldm_jax.main --config=configs/ldm_cifar.py --workdir=runs/ldm_cifar
 
 Sized for one GPU or a TPU pod; time and result there: not yet measured. The first use downloads CIFAR-10 and prepares it.
-`:smoke` runs both stages, small, in minutes on two CPU cores, with 8x8x4 latents.
+`:smoke` runs both stages, small, in minutes on two CPU cores.
 """
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -50,13 +50,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":
         first = config.first_stage
-        first.autoencoder.kl.update(factor=4, width=24, mults=(1, 2, 2), num_res_blocks=1, mid_attention=False)
-        first.optimizer.update(learning_rate=2e-3, warmup_steps=10)
-        first.train.update(batch_size=32, steps=200, ema_decay=0.98, log_every=20, save_every=200)
-        config.net.unet.update(width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), dropout=0.0)
+        first.autoencoder.kl.update(width=16, mults=(1, 2), num_res_blocks=1, mid_attention=False)
+        first.optimizer.update(learning_rate=3e-3, warmup_steps=20)
+        first.train.update(batch_size=16, steps=500, ema_decay=0.98, log_every=20, save_every=500)
+        config.net.unet.update(width=32, mults=(1, 2, 2), num_res_blocks=1, attention=(4,), dropout=0.0)
         config.net.dit.update(width=128, depth=4, num_heads=4)
-        config.optimizer.update(learning_rate=2e-3, warmup_steps=20)
-        config.train.update(batch_size=64, steps=300, ema_decay=0.99, log_every=20, save_every=300)
+        config.optimizer.update(learning_rate=1e-3, warmup_steps=20)
+        config.train.update(batch_size=32, steps=400, ema_decay=0.99, log_every=20, save_every=400)
         config.sampler.steps = 20
         config.eval.update(samples=200, real=2000)
     return config

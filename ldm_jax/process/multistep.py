@@ -15,7 +15,7 @@ The order is lowered where there is no more to remember: to one at the first ste
 lambda = -inf (alpha = 0) is left out of the polynomial, and so is every old one in the step into lambda = inf (sigma = 0) in
 form (5), which makes these steps those of `ddim`.
 """
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,13 @@ def _newest(n: int, order, like: Array) -> Array:
     """[n, B], true for the first `order` entries; order: a number or [B], traced, or None for all."""
     order = jnp.broadcast_to(n if order is None else order, like.shape)
     return jnp.arange(n)[:, None] < order[None]
+
+
+def _nodes(position: Array, origin: Array, width: Array, usable: Array) -> Tuple[Array, Array]:
+    """u [n, B], 0 for the first, and which may be used: not those a million steps away, whose powers overflow."""
+    u = jnp.where(usable, (position - origin[None]) / width[None], 0.0).at[0].set(0.0)
+    near = jnp.abs(u) < 1e6
+    return jnp.where(near, u, 0.0), usable & near
 
 
 def exponential_moments(h: Array, n: int) -> Sequence[Array]:
@@ -105,8 +112,7 @@ def exponential_step(schedule: Schedule, x: Array, t: Array, s: Array, history: 
     h = lam_s - lam_t
     regular = jnp.isfinite(h)
     usable = regular[None] & jnp.isfinite(lam) & _newest(len(lam), order, h)
-    origin, width = jnp.where(regular, lam_t, 0.0), jnp.where(regular, h, 1.0)
-    u = jnp.where(usable, (lam - origin[None]) / width[None], 0.0).at[0].set(0.0)
+    u, usable = _nodes(lam, jnp.where(regular, lam_t, 0.0), jnp.where(regular, h, 1.0), usable)
     d = decay(eta, h)
     moments = exponential_moments(h + d, len(lam))
     c = newton(u, usable, history.values)
@@ -205,8 +211,7 @@ def lms(order=4) -> Sampler:
         tau, tau_t = noise_ratio(schedule, history.times), noise_ratio(schedule, t)
         usable = jnp.isfinite(tau) & jnp.isfinite(history.times) & _newest(4, order, t)
         origin = jnp.where(usable[0], tau_t, 0.0)
-        width = jnp.where(usable[0], noise_ratio(schedule, s) - origin, 1.0)
-        u = jnp.where(usable, (tau - origin[None]) / width[None], 0.0)
+        u, usable = _nodes(tau, origin, jnp.where(usable[0], noise_ratio(schedule, s) - origin, 1.0), usable)
         mean = integrate(u, newton(u, usable, history.values), uniform_moments(4))
         return _with_mean_eps(schedule, x0, eps, mean, t, s), history
 

@@ -120,12 +120,10 @@ def integer_grid(scheduler, k, last=None):
 
 # ---- on integer steps ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("spacing, n", [("leading", 10), ("leading", 7), ("trailing", 10), ("linspace", 1000)])
+@pytest.mark.parametrize("spacing, n, train", [("leading", 10, T), ("leading", 7, T), ("trailing", 10, T), ("linspace", 10, 10)])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_ddpm(spacing, n, variance, monkeypatch):
-    if n == 1000 and variance != "fixed_small":
-        return
-    peer = diffusers.DDPMScheduler(**SCALED, variance_type=variance, clip_sample=False, timestep_spacing=spacing)
+def test_ddpm(spacing, n, train, variance, monkeypatch):
+    peer = diffusers.DDPMScheduler(**SCALED, num_train_timesteps=train, variance_type=variance, clip_sample=False, timestep_spacing=spacing)
     peer.set_timesteps(n)
     taus = integer_grid(peer, peer.timesteps)
     frac = 0.3 if variance == "learned_range" else None
@@ -133,8 +131,7 @@ def test_ddpm(spacing, n, variance, monkeypatch):
     found = walk(peer, taus, False, monkeypatch, frac=frac)
     wanted = ours("ddpm", taus, peer.betas, frac=frac, variance=name)
     compare(found[:-1], wanted[:-1], taus[:-1], scaled=False)
-    noisy_end = variance != "fixed_small" and int(peer.timesteps[-1]) > 0
-    if noisy_end:  # the peer adds noise to the finished picture when its last step is not k = 0: a point mass is not recovered
+    if variance == "fixed_large" and int(peer.timesteps[-1]) > 0:  # the peer adds noise to the finished picture when its last step is not k = 0: a point mass is not recovered
         assert np.abs(found[-1] - wanted[-1]).max() > 1e-3
         single = exact(point_mass([0.3, -0.8]))
         peer.set_timesteps(n)
@@ -311,7 +308,12 @@ def test_unipc(spacing, order, variant, monkeypatch):
     if order == 3 and taus[-1] >= taus[-2]:
         taus = np.concatenate([taus[:-1], [0.5 * taus[-2]]])
         peer.sigmas = torch.from_numpy(taus.astype(np.float32))
-    compare(walk(peer, taus, False, monkeypatch), ours("unipc", taus, peer.betas, order=order, variant=variant), taus, scaled=False)
+    found, own = walk(peer, taus, False, monkeypatch), ours("unipc", taus, peer.betas, order=order, variant=variant)
+    compare(found[:-1], own[:-1], taus[:-1], scaled=False)
+    if variant == "bh1":  # B(h) = h is infinite in the step into sigma = 0, where the peer has no number
+        assert np.isnan(found[-1]).all() and np.isfinite(own).all()
+    else:
+        compare(found[-1:], own[-1:], taus[-2:], scaled=False)
 
 
 # ---- other processes -------------------------------------------------------------------------------------------------------------

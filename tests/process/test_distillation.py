@@ -91,7 +91,7 @@ def test_descent_reaches_the_mode():
 
 
 def test_surrogate_loss_has_the_gradient():
-    """jax.grad of the surrogate, through a generator, is the returned gradient times dx / dtheta, with no Jacobian of the network."""
+    """jax.grad of the surrogate, through a generator, is the returned gradient times dx / dtheta, no network Jacobian."""
     key, denoise, theta = jax.random.key(6), GAUSSIAN.denoiser(FLOW), images(4)
 
     def loss(theta):

@@ -104,7 +104,7 @@ def test_dequantisation_and_bits():
 
 @pytest.mark.parametrize("variance", ["small", "large", 0.3])
 def test_vlb_terms_against_the_papers_formulas(variance):
-    """A denoiser that always answers c frees each term of noise: Ho et al. 2020, eqs. 5, 7, 13; Nichol & Dhariwal 2021, eq. 15."""
+    """A denoiser that always answers c frees all terms of noise: Ho et al. 2020, eqs. 5, 7; Nichol & Dhariwal 2021, eq. 15."""
     T, c = 8, 0.1
     x0 = np.array([[0, 255, 102, 140]]) / 127.5 - 1
 
