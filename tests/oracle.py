@@ -33,15 +33,15 @@ class Mixture:
     def _parts(self, schedule, x_t, t):
         """For each component: residual in the eigenbasis [B, K, D], its variance [B, K, D], eigenvalues [K, D], basis [K, D, D]."""
         lam, U = np.linalg.eigh(self.covs)
-        lam = np.maximum(lam, 0.0)
+        lam, U, means = (jnp.asarray(c, x_t.dtype) for c in (np.maximum(lam, 0.0)[None], U, self.means[None]))
         a, s = (jnp.broadcast_to(f(t), x_t.shape[:1])[:, None, None] for f in (schedule.alpha, schedule.sigma))
-        residual = jnp.einsum("kij,bki->bkj", jnp.asarray(U), x_t[:, None, :] - a * self.means[None])
-        return residual, a**2 * lam[None] + s**2, a, jnp.asarray(lam)[None], jnp.asarray(U)
+        residual = jnp.einsum("kij,bki->bkj", U, x_t[:, None, :] - a * means)
+        return residual, a**2 * lam + s**2, a, lam, U
 
     def log_posterior(self, schedule, x_t, t):
         """log p(component | x_t), [B, K]; and log p(x_t), [B]."""
         residual, var, _, _, _ = self._parts(schedule, x_t, t)
-        log_joint = jnp.log(self.weights)[None] - 0.5 * jnp.sum(residual**2 / var + jnp.log(2 * jnp.pi * var), -1)
+        log_joint = jnp.asarray(np.log(self.weights), x_t.dtype)[None] - 0.5 * jnp.sum(residual**2 / var + jnp.log(2 * jnp.pi * var), -1)
         total = jax.nn.logsumexp(log_joint, -1)
         return log_joint - total[:, None], total
 
@@ -53,7 +53,7 @@ class Mixture:
         """denoise(x_t, t) = E[x0 | x_t]."""
         def denoise(x_t, t):
             residual, var, a, lam, U = self._parts(schedule, x_t, t)
-            x0 = self.means[None] + jnp.einsum("kij,bkj->bki", U, a * lam / var * residual)  # [B, K, D]
+            x0 = jnp.asarray(self.means, x_t.dtype)[None] + jnp.einsum("kij,bkj->bki", U, a * lam / var * residual)  # [B, K, D]
             if len(self.weights) == 1:
                 return x0[:, 0]
             return jnp.einsum("bk,bki->bi", jnp.exp(self.log_posterior(schedule, x_t, t)[0]), x0)

@@ -19,8 +19,8 @@ def ode(rtol=1e-5, atol=1e-5, solver: str = "dopri5", max_steps: int = 4096) -> 
     bounded on all of [0, pi / 2], alpha = 0 included. sigma = 0 is left and reached at phi = 1e-3, or at the first time of a
     discrete process where that is larger; the rest of the way down is a step of `ddim`.
 
-    All examples share the solver's steps, so one example's answer moves with the others by about the tolerance. rtol and atol may be
-    traced; a solve that needs more than `max_steps` steps is an error when it runs.
+    All examples share the solver's steps, so one example's answer moves with the others by about the tolerance. rtol and atol may
+    be traced; a solve that needs more than `max_steps` steps is an error when it runs.
 
     Raises:
       UserError: for an unknown solver, and where diffrax is not installed.

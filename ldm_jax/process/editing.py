@@ -1,7 +1,7 @@
-"""Editing pictures with a sampler: starting from a noised picture, keeping a part of one, passing between two, and going back to noise.
+"""Editing with a sampler: starting from a noised picture, keeping a part of one, passing between two, and going back to noise.
 
-All are thin functions over `sample`; `denoise`, `schedule`, `grid`, `sampler`, `steps`, `capacity`, `trajectory` and the sampler's
-options mean what they mean there, and pictures are in the space that is diffused.
+All are thin functions over `sample`; `denoise`, `schedule`, `grid`, `sampler`, `steps`, `capacity`, `trajectory` and the
+sampler's options mean what they mean there, and pictures are in the space that is diffused.
 """
 from typing import Any, Callable, List, Optional, Union
 
@@ -23,9 +23,9 @@ def noised(schedule: Schedule, x0: Array, t: Array, key: Array) -> Array:
     return alpha * x0 + sigma * normal(key, x0.shape)
 
 
-def sdedit(denoise: Denoise, schedule: Schedule, x0: Array, key: Array, *, strength=0.6, steps=50, grid: Union[str, Callable] = "uniform",
-           capacity: Optional[int] = None, **options: Any) -> Any:
-    """Image to image: noise x0 to the time of the grid that is left after 1 - strength of its steps, and sample from there (Meng et al. 2022).
+def sdedit(denoise: Denoise, schedule: Schedule, x0: Array, key: Array, *, strength=0.6, steps=50,
+           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, **options: Any) -> Any:
+    """Image to image (Meng et al. 2022): noise x0 to the time where `strength` of the grid's steps are left, sample from there.
 
     strength: in (0, 1], a number or [B], may be traced; round(strength steps), at least one, steps are made.
     """
@@ -76,16 +76,16 @@ def resampling_path(steps: int, jump: int, resamples: int) -> List[int]:
     return path
 
 
-def inpaint(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, known: Array, mask: Array, sampler: Union[str, Sampler] = "ddpm",
-            steps=50, grid: Union[str, Callable] = "uniform", capacity: Optional[int] = None, resamples: int = 1, jump: int = 1,
-            trajectory: bool = False, **options: Any) -> Any:
+def inpaint(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, known: Array, mask: Array,
+            sampler: Union[str, Sampler] = "ddpm", steps=50, grid: Union[str, Callable, Array] = "uniform",
+            capacity: Optional[int] = None, resamples: int = 1, jump: int = 1, trajectory: bool = False, **options: Any) -> Any:
     """Pictures that agree with `known` where mask = 1.
 
     Args:
       x: the start, noise [B, ...].
       known, mask: broadcast against x; the mask is 1 where the picture is given, 0 where it is wanted.
-      resamples: 1 replaces the known part after each step; more is RePaint (Lugmayr et al. 2022, algorithm 1), which harmonises the
-        two parts by going over every `jump` steps that many times. It needs `steps` as an int and a method without memory.
+      resamples: 1 replaces the known part after each step; more is RePaint (Lugmayr et al. 2022, algorithm 1), which harmonises
+        the two parts by going over every `jump` steps that many times. It needs `steps` as an int and a method without memory.
 
     Raises:
       UserError: when RePaint is asked of traced steps or of a method that remembers earlier steps.
@@ -97,9 +97,9 @@ def inpaint(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, known
         raise UserError(f"resamples={resamples} and jump={jump} must be at least 1")
     if resamples > 1:
         if not isinstance(steps, (int, np.integer)):
-            raise UserError("RePaint's path through the grid needs steps as an int; take resamples=1 for traced or different numbers")
+            raise UserError("RePaint's path through the grid needs steps as an int; otherwise take resamples=1")
         if jax.tree.leaves(sampler.init(x, steps)):
-            raise UserError("RePaint goes back and forth in time, so it needs a method that remembers nothing, such as 'ddpm' or 'ddim'")
+            raise UserError("RePaint goes back and forth in time: take a method that remembers nothing, such as 'ddpm' or 'ddim'")
         path = resampling_path(steps, jump, resamples)
         times, steps, capacity = times[jnp.asarray(path)], len(path) - 1, len(path) - 1
     known, mask = (jnp.broadcast_to(a, x.shape).astype(x.dtype) for a in (known, mask))
@@ -110,10 +110,10 @@ def inpaint(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, known
 
 
 def slerp(a: Array, b: Array, weight) -> Array:
-    """Along the great circle from a (weight 0) to b (weight 1), per example: (sin((1 - w) o) a + sin(w o) b) / sin(o) (Shoemake 1985).
+    """Along the great circle from a (weight 0) to b (weight 1): (sin((1 - w) o) a + sin(w o) b) / sin(o) (Shoemake 1985).
 
-    o is the angle between the examples [B, ...] of a and b; parallel ones are interpolated linearly. Between two draws of noise it
-    keeps their norm, which a straight line would shorten. weight: a number or [B].
+    o is the angle between the examples [B, ...] of a and b; parallel ones are interpolated linearly. Between two draws of noise
+    it keeps their norm, which a straight line would shorten. weight: a number or [B].
     """
     axes = tuple(range(1, a.ndim))
     norms = jnp.sqrt(jnp.sum(a**2, axes, keepdims=True) * jnp.sum(b**2, axes, keepdims=True))
@@ -125,11 +125,12 @@ def slerp(a: Array, b: Array, weight) -> Array:
 
 
 def encode(denoise: Denoise, schedule: Schedule, x0: Array, *, sampler: Union[str, Sampler] = "ddim_inversion", steps=50,
-           grid: Union[str, Callable] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, **options: Any) -> Any:
+           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False,
+           **options: Any) -> Any:
     """The noise, at the grid's first time, from which the probability-flow ODE leads to x0: the grid is walked upwards.
 
-    sampler: one of ENCODERS, or a Sampler whose steps may start at the grid's last time. A round trip through "ddim_inversion" and
-    "ddim" errs at the order of its `iterations`, one through "heun" both ways at second order.
+    sampler: one of ENCODERS, or a Sampler whose steps may start at the grid's last time. A round trip through "ddim_inversion"
+    and "ddim" errs at the order of its `iterations`, one through "heun" both ways at second order.
 
     Raises:
       UserError: for a method that cannot leave sigma = 0.
@@ -138,11 +139,12 @@ def encode(denoise: Denoise, schedule: Schedule, x0: Array, *, sampler: Union[st
         raise UserError(f"sampler {sampler!r} cannot start from data; choose from: {', '.join(ENCODERS)}")
     upwards = make_sampler(sampler, **options)._replace(upwards=True)
     unused = jax.random.key(0)  # the methods are deterministic
-    return sample(denoise, schedule, x0, unused, sampler=upwards, steps=steps, grid=grid, capacity=capacity, trajectory=trajectory)
+    return sample(denoise, schedule, x0, unused, sampler=upwards, steps=steps, grid=grid, capacity=capacity,
+                  trajectory=trajectory)
 
 
 def translate(source: Denoise, target: Denoise, schedule: Schedule, x0: Array, *, encoder: Union[str, Sampler] = "ddim_inversion",
-              decoder: Union[str, Sampler] = "ddim", steps=50, grid: Union[str, Callable] = "uniform",
+              decoder: Union[str, Sampler] = "ddim", steps=50, grid: Union[str, Callable, Array] = "uniform",
               capacity: Optional[int] = None) -> Array:
     """x0 encoded under one denoiser and decoded under another, such as two conditions of one network (Su et al. 2023).
 

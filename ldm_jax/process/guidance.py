@@ -67,8 +67,8 @@ def _dot(a: Array, b: Array) -> Array:
 def classifier_free(denoise: Denoise, other: Denoise, scale: Scale) -> Denoise:
     """u + scale (c - u), c from `denoise` and u from `other` (Ho & Salimans 2022, eq. 6 with scale = 1 + w). 1 is off.
 
-    other: the unconditional denoiser; that of a negative condition, to steer away from it; or that of a weaker network, smaller or
-    trained for less time, to steer away from its mistakes (autoguidance: Karras et al. 2024). To combine several, nest them.
+    other: the unconditional denoiser; that of a negative condition, to steer away from it; or that of a weaker network, smaller
+    or trained for less time, to steer away from its mistakes (autoguidance: Karras et al. 2024). To combine several, nest them.
     scale: a number or [B], traced, or a function of t. A learned variance is the one of `denoise`.
     """
     return _guided_by(denoise, other, scale, lambda c, u, s: u + s * (c - u))
@@ -92,9 +92,11 @@ def within(schedule: Schedule, scale: Scale, low=0.0, high=jnp.inf) -> Callable[
 
 
 def rescaled(denoise: Denoise, other: Denoise, scale: Scale, amount=0.7) -> Denoise:
-    """`classifier_free`, then brought back to the spread of c: g <- amount g std(c) / std(g) + (1 - amount) g (Lin et al. 2024, section 3.4).
+    """`classifier_free`, then brought back to the spread of c: g <- amount g std(c) / std(g) + (1 - amount) g.
 
-    std is over all values of an example. Applied to x0, whose spread is what overexposes a picture; amount: a number or [B], traced.
+    (Lin et al. 2024, section 3.4.)
+    std is over all values of an example. Applied to x0, whose spread is what overexposes a picture; amount: a number or [B],
+    traced.
     """
     def combine(c, u, s):
         g = u + s * (c - u)
@@ -107,8 +109,9 @@ def rescaled(denoise: Denoise, other: Denoise, scale: Scale, amount=0.7) -> Deno
 def adaptive_projected(denoise: Denoise, other: Denoise, scale: Scale, parallel=0.0, radius=jnp.inf) -> Denoise:
     """c + (scale - 1) (d_orthogonal + parallel d_parallel), d = c - u, split along c (Sadat et al. 2024).
 
-    Before the split d is shortened to a norm of at most `radius`. parallel = 1 with radius = inf is `classifier_free`; 0 leaves out
-    what saturates the colours. Numbers or [B], traced. The paper's momentum across steps is not included: a denoiser has no memory.
+    Before the split d is shortened to a norm of at most `radius`. parallel = 1 with radius = inf is `classifier_free`; 0 leaves
+    out what saturates the colours. Numbers or [B], traced. The paper's momentum across steps is not included: a denoiser has no
+    memory.
     """
     def combine(c, u, s):
         d = c - u
@@ -126,8 +129,8 @@ def _gradient(log_prob: Callable[[Array, Array], Array], x_t: Array, t: Array) -
 def classifier(denoise: Denoise, log_prob: Callable[[Array, Array], Array], scale: Scale, schedule: Schedule) -> Denoise:
     """eps <- eps - scale sigma grad log p(y | x_t): x0 + scale (sigma^2 / alpha) grad (Dhariwal & Nichol 2021, algorithm 2).
 
-    0 is off; with an exact classifier 1 turns the unconditional denoiser into the conditional one, equation (1). At alpha = 0, where
-    x_t says nothing of y, the denoiser stays as it is.
+    0 is off; with an exact classifier 1 turns the unconditional denoiser into the conditional one, equation (1). At alpha = 0,
+    where x_t says nothing of y, the denoiser stays as it is.
 
     Args:
       log_prob: (x_t [B, ...], t [B]) -> log p(y | x_t) [B], y being each example's own class.
@@ -143,8 +146,8 @@ def classifier(denoise: Denoise, log_prob: Callable[[Array, Array], Array], scal
     return guided
 
 
-def classifier_mean_shift(denoise: Denoise, log_prob: Callable[[Array, Array], Array], scale: Scale, schedule: Schedule, times: Array,
-                          variance: str = "small") -> Denoise:
+def classifier_mean_shift(denoise: Denoise, log_prob: Callable[[Array, Array], Array], scale: Scale, schedule: Schedule,
+                          times: Array, variance: str = "small") -> Denoise:
     """Shifts the mean of a step of `ddpm` by scale Sigma grad log p(y | x_t) (Dhariwal & Nichol 2021, algorithm 1).
 
     In terms of x0 that is scale Sigma / (alpha_s (1 - r)) grad, with the variance Sigma of the step from t to the next time s: it

@@ -2,7 +2,8 @@
 
     x <- x + delta sigma^2 score + sqrt(2 delta) sigma z = x - delta sigma eps(x, t) + sqrt(2 delta) sigma z            (7)
 
-leaves p_t unchanged as delta -> 0. On a Gaussian p_t of variance v its own stationary variance is v / (1 - delta sigma^2 / (2 v)).
+leaves p_t unchanged as delta -> 0. On a Gaussian p_t of variance v its own stationary variance is v / (1 - delta sigma^2 / (2
+v)).
 """
 from typing import Union
 
@@ -31,24 +32,24 @@ def langevin(denoise: Denoise, schedule: Schedule, x: Array, t: Array, key: Arra
 def annealed_langevin(delta=0.1, repeats=10) -> Sampler:
     """`repeats` times equation (7) at each time of the grid, keeping x / alpha between them (Song & Ermon 2019, algorithm 1).
 
-    Their step size alpha_i / 2 = epsilon sigma_i^2 / (2 sigma_L^2) is delta sigma_i^2. Out of alpha = 0 x is kept instead, and the
-    step into sigma = 0 ends with the denoiser's x0. A grid with a constant ratio of noise levels suits it best.
+    Their step size alpha_i / 2 = epsilon sigma_i^2 / (2 sigma_L^2) is delta sigma_i^2. Out of alpha = 0 x is kept instead, and
+    the step into sigma = 0 ends with the denoiser's x0. A grid with a constant ratio of noise levels suits it best.
     """
     def step(denoise, schedule, x, t, s, key, carry):
         x = langevin(denoise, schedule, x, t, key, delta, repeats)
-        x0, _ = estimate(denoise, schedule, x, t)
         (a_t, _), (a_s, s_s) = scales(schedule, t, x), scales(schedule, s, x)
+        x0 = jax.lax.cond(jnp.any(s_s <= 0), lambda: estimate(denoise, schedule, x, t)[0].astype(x.dtype), lambda: x)
         kept = jnp.where(a_t > 0, a_s / jnp.where(a_t > 0, a_t, 1.0), 1.0) * x
         return jnp.where(s_s > 0, kept, a_s * x0), carry
 
-    return Sampler(step, calls=repeats + 1)
+    return Sampler(step, calls=repeats)
 
 
 def predictor_corrector(predictor: Union[str, Sampler] = "ddpm", snr=0.16, repeats=1) -> Sampler:
-    """A step of `predictor`, then `repeats` times equation (7) at the time reached, delta = 2 snr^2 (Song et al. 2021, section 4.2).
+    """A step of `predictor`, then `repeats` times equation (7) at the time reached with delta = 2 snr^2.
 
-    The paper's delta sigma^2 = 2 (snr |z| / |score|)^2, with the norms replaced by what they concentrate at in many dimensions,
-    sqrt(D) and sqrt(D) / sigma; so it depends neither on the batch nor on the draw. Nothing follows the step into sigma = 0.
+    (Song et al. 2021, section 4.2.) It is the paper's delta sigma^2 = 2 (snr |z| / |score|)^2 with the norms replaced by what they
+    concentrate at in many dimensions, sqrt(D) and sqrt(D) / sigma; so it depends neither on the batch nor on the draw. Nothing follows the step into sigma = 0.
 
     predictor: a row of PREDICTORS with its defaults, or a Sampler.
     """

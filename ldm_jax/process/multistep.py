@@ -1,8 +1,8 @@
 """Sampling methods that remember the denoiser's earlier answers: one network call a step. See stepping.py.
 
 Each puts a polynomial through the newest answers and integrates it exactly. In u, 0 at the time t of the newest answer and 1 at
-the time s aimed at, and with answers f_k at u_k (u_0 = 0), Newton's form is sum_j c_j e_j(u), e_j(u) = prod_{k < j} (u - u_k), and
-with the moments I_k of the weight the integral is sum_j c_j sum_k e_jk I_k. The answers are x0 and u runs in lambda,
+the time s aimed at, and with answers f_k at u_k (u_0 = 0), Newton's form is sum_j c_j e_j(u), e_j(u) = prod_{k < j} (u - u_k),
+and with the moments I_k of the weight the integral is sum_j c_j sum_k e_jk I_k. The answers are x0 and u runs in lambda,
 
     x_s = (sigma_s / sigma_t) exp(-eta h) x_t + alpha_s H int_0^1 exp(-H (1 - u)) x0(u) du + sigma_s sqrt(1 - exp(-2 eta h)) z,
     h = lambda_s - lambda_t,    H = (1 + eta) h                                                                         (5)
@@ -168,8 +168,8 @@ def dpmpp_3m_sde(eta=1.0) -> Sampler:
 def unipc(order=2, variant: str = "bh2") -> Sampler:
     """UniPC (Zhao et al. 2023): predict with `order` answers; when the next one arrives, redo that step with it as well.
 
-    Converges at order + 1. order: 1, 2 or 3, a number or [B], may be traced. variant: "bh1" or "bh2", the paper's two B(h), which differ only where
-    two answers are used. The last step is not corrected, as that would take one more call.
+    Converges at order + 1. order: 1, 2 or 3, a number or [B], may be traced. variant: "bh1" or "bh2", the paper's two B(h), which
+    differ only where two answers are used. The last step is not corrected, as that would take one more call.
     """
     check_option("unipc", "order", order, (1, 2, 3))
     check_option("unipc", "variant", variant, ("bh1", "bh2"))
@@ -179,7 +179,8 @@ def unipc(order=2, variant: str = "bh2") -> Sampler:
         x0, _ = split_prediction(denoise(x, t))
         before = history.times[0]
         first = jnp.isnan(before)
-        with_new = History(*(jnp.concatenate([old[:1], new[None].astype(old.dtype), old[1:]]) for old, new in zip(history, (t, x0))))
+        with_new = History(*(jnp.concatenate([old[:1], new[None].astype(old.dtype), old[1:]])
+                             for old, new in zip(history, (t, x0))))
         from_t = jnp.where(first, t, before)
         with_new = with_new._replace(times=with_new.times.at[0].set(from_t))
         redone = exponential_step(schedule, corrected, from_t, t, with_new, order=order + 1, line=variant)
@@ -202,7 +203,10 @@ def _with_mean_eps(schedule: Schedule, x0: Array, eps: Array, mean: Array, t: Ar
 
 
 def lms(order=4) -> Sampler:
-    """The linear multistep method: equation (6) with up to `order` answers, 1 to 4, a number or [B], may be traced (Adams-Bashforth, unequal steps)."""
+    """The linear multistep method: equation (6) with up to `order` answers (Adams-Bashforth for unequal steps).
+
+    order: 1 to 4, a number or [B], may be traced.
+    """
     check_option("lms", "order", order, (1, 2, 3, 4))
 
     def step(denoise, schedule, x, t, s, key, history):
@@ -225,8 +229,8 @@ def pndm(start: str = "heun") -> Sampler:
     of a grid that is uniform in t the order is two.
 
     start: "heun" makes the first step with the mean of eps at its two ends, one call more (S-PNDM); "runge_kutta" makes the first
-    three by their pseudo Runge-Kutta method, with the call in the middle in t, three calls more each (F-PNDM). The calls at the far end
-    of a step into sigma = 0 are left out.
+    three by their pseudo Runge-Kutta method, with the call in the middle in t, three calls more each (F-PNDM). The calls at the
+    far end of a step into sigma = 0 are left out.
     """
     check_option("pndm", "start", start, ("heun", "runge_kutta"))
     u = -jnp.arange(4.0)[:, None]

@@ -34,7 +34,7 @@ def make_sampler(sampler: Union[str, Sampler], **options: Any) -> Sampler:
     """
     if not isinstance(sampler, str):
         if options:
-            raise UserError(f"options {sorted(options)} were given with a Sampler that is made already; give them where it is made")
+            raise UserError(f"options {sorted(options)} were given with a Sampler made already; give them where it is made")
         return sampler
     row = lookup(SAMPLERS, sampler, "sampler")
     known = inspect.signature(row).parameters
@@ -68,12 +68,12 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
       denoise: (x_t [B, ...], t [B]) -> x0.
       x: the start, [B, ...] float32; usually `prior(schedule, key, shape)`.
       key: one key, or one per example [B]. The noise of example i depends on its own key only.
-      sampler: a row of SAMPLERS, made with `options` (such as eta=0.5), or a Sampler. One that runs upwards starts at the grid's last
-        time and ends at its first.
+      sampler: a row of SAMPLERS, made with `options` (such as eta=0.5), or a Sampler. One that runs upwards starts at the grid's
+        last time and ends at its first.
       steps: number of steps, an integer or one for each example [B]; may be traced, then `capacity` must bound it and only the
         steps asked for are run.
-      grid: a row of GRIDS, a function (schedule, steps, capacity) -> times [capacity + 1], or the times themselves, [capacity + 1] or
-        [capacity + 1, B] with its own for each example; what comes after entry `steps` is not visited.
+      grid: a row of GRIDS, a function (schedule, steps, capacity) -> times [capacity + 1], or the times themselves, [capacity +
+        1] or [capacity + 1, B] with its own for each example; what comes after entry `steps` is not visited.
       trajectory: also return what was visited, {"x": [capacity + 1, B, ...], "t": [capacity + 1] or [capacity + 1, B]}.
 
     Returns:

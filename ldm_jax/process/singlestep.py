@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.process.gaussians import interpolated_log_variance, posterior_mean
-from ldm_jax.process.stepping import (Sampler, check_option, ddim_move, decay, estimate, exponential_move, finite_or, half_logsnr, lost,
-                                      noise_ratio, order_if, scales, whole)
+from ldm_jax.process.stepping import (Sampler, check_option, ddim_move, decay, estimate, exponential_move, finite_or, half_logsnr,
+                                      lost, noise_ratio, order_if, scales, whole)
 from ldm_jax.types import Array, UserError, expand, fold_in, normal, split_prediction
 
 
@@ -80,7 +80,9 @@ def _derivative(f, t: Array, s: Array) -> Array:
 
 
 def euler() -> Sampler:
-    """Euler's method in t: x_s = x_t + (s - t) (alpha'(t) x0 + sigma'(t) eps), equation (3); on rectified flow (s - t) (eps - x0).
+    """Euler's method in t: x_s = x_t + (s - t) (alpha'(t) x0 + sigma'(t) eps), equation (3).
+
+    On rectified flow that is x_t + (s - t) (eps - x0).
 
     Where a derivative is infinite the secant from t to s replaces it; with both replaced the step is that of `ddim`.
     """
@@ -118,8 +120,8 @@ def euler_maruyama(eta=1.0) -> Sampler:
 def heun() -> Sampler:
     """The trapezoidal rule on equation (3): a step of `ddim`, then the mean of x0 and of eps over its two ends.
 
-    On x0 + sigma eps it is Heun's method in sigma (Karras et al. 2022, algorithm 1), on rectified flow Heun's method in t. The step
-    into sigma = 0 stays that of `ddim`, as there; so does, walking upwards, the step out of it, with eps from its far end.
+    On x0 + sigma eps it is Heun's method in sigma (Karras et al. 2022, algorithm 1), on rectified flow Heun's method in t. The
+    step into sigma = 0 stays that of `ddim`, as there; so does, walking upwards, the step out of it, with eps from its far end.
     """
     def step(denoise, schedule, x, t, s, key, carry):
         (a_t, s_t), (a_s, s_s) = scales(schedule, t, x), scales(schedule, s, x)
@@ -138,8 +140,8 @@ def heun() -> Sampler:
 def edm(s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0) -> Sampler:
     """Heun's method in tau with churn, algorithm 2 of Karras et al. 2022, on x / alpha (their sigma is tau = sigma / alpha).
 
-    In steps with s_tmin <= tau <= s_tmax, noise is first added to reach tau (1 + gamma), gamma = min(s_churn / steps, sqrt(2) - 1),
-    but never more than tau(1); s_noise scales it. s_churn = 0 is deterministic. All may be traced, each a scalar or [B].
+    In steps with s_tmin <= tau <= s_tmax, noise is first added to reach tau (1 + gamma), gamma = min(s_churn / steps, sqrt(2) -
+    1), but never more than tau(1); s_noise scales it. s_churn = 0 is deterministic. All may be traced, each a scalar or [B].
     The step into sigma = 0, and that out of alpha = 0, has no second half; the latter has no churn either.
     """
     def step(denoise, schedule, x, t, s, key, carry):
@@ -166,7 +168,9 @@ def edm(s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0) -> Sampler:
 
 
 def dpmpp_2s(eta=0.0, ratio=0.5) -> Sampler:
-    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1): a call at lambda_u = lambda_t + ratio h, h = lambda_s - lambda_t, corrects x0,
+    """DPM-Solver++(2S) (Lu et al. 2022b, algorithm 1): a call between the two times corrects x0.
+
+    With h = lambda_s - lambda_t and that call at lambda_u = lambda_t + ratio h,
 
         x_s = (sigma_s / sigma_t) exp(-eta h) x_t + alpha_s (1 - exp(-(1 + eta) h)) D + sigma_s sqrt(1 - exp(-2 eta h)) z,
         D = x0_t + (x0_u - x0_t) / (2 ratio).

@@ -18,8 +18,8 @@ def test_sdedit_keeps_the_law():
     schedule, n = SCHEDULES["vp_sde"](), 3000
     x0 = MIXTURE.draw(jax.random.key(5), n).astype(jnp.float32)
     strength = jnp.repeat(jnp.asarray([0.3, 0.9]), n // 2)
-    out = np.asarray(jax.jit(lambda x0: sdedit(MIXTURE.denoiser(schedule), schedule, x0, KEY, strength=strength, steps=100, capacity=100,
-                                               sampler="dpmpp_2m", grid="logsnr_uniform"))(x0))
+    out = np.asarray(jax.jit(lambda x0: sdedit(MIXTURE.denoiser(schedule), schedule, x0, KEY, strength=strength, steps=100,
+                                               capacity=100, sampler="dpmpp_2m", grid="logsnr_uniform"))(x0))
     std = np.sqrt(np.diag(MIXTURE.cov()))
     for part in out.reshape(2, -1, 2):
         np.testing.assert_allclose(part.mean(0), MIXTURE.mean(), atol=4.5 * std.max() / len(part) ** 0.5)
@@ -36,14 +36,15 @@ def test_sdedit_runs_the_last_part_of_the_grid():
     keys = example_keys(KEY, 2)
     start = noised(schedule, x0, jnp.float32(0.4), fold_in(keys, 0))
     np.testing.assert_allclose(path["x"][0], start, atol=1e-6)
-    np.testing.assert_allclose(out, sample(denoise, schedule, start, KEY, steps=4, grid=jnp.asarray([0.4, 0.3, 0.2, 0.1, 0.0])), atol=1e-5)
+    want = sample(denoise, schedule, start, KEY, steps=4, grid=jnp.asarray([0.4, 0.3, 0.2, 0.1, 0.0]))
+    np.testing.assert_allclose(out, want, atol=1e-5)
     each = sdedit(denoise, schedule, x0, KEY, strength=jnp.asarray([0.4, 1.0]), steps=10)
     np.testing.assert_allclose(each[0], out[0], atol=1e-5)
     np.testing.assert_allclose(each[1], sdedit(denoise, schedule, x0, KEY, strength=1.0, steps=10)[1], atol=1e-5)
 
 
 def test_inpainting():
-    """The known coordinate is returned as given; the other one's law tends to the Gaussian conditional as RePaint goes over it more often."""
+    """The known coordinate is returned as given; the other's mean tends to the conditional one with the passes of RePaint."""
     schedule, n, steps = SCHEDULES["cosine"](), 3000, 30
     data = gaussian([0.2, -0.3], [[0.5, 0.4], [0.4, 0.5]])
     known, mask = jnp.asarray([[1.1, 0.0]]), jnp.asarray([[1.0, 0.0]])
@@ -65,10 +66,11 @@ def test_resampling_path():
 
 
 def test_the_way_up_keeps_the_law():
-    """On a point mass, where every step down is exact, x at each visited time is N(alpha x0, sigma^2) however often it went up."""
+    """On a point mass, where a step down is exact, x at each visited time is N(alpha x0, sigma^2) however often it went up."""
     schedule, n = SCHEDULES["rectified_flow"](), 20000
     data = gaussian([0.5, -0.5], np.zeros((2, 2)))
-    _, path = jax.jit(lambda x: inpaint(data.denoiser(schedule), schedule, x, KEY, known=jnp.zeros(2)[None], mask=jnp.zeros((1, 2)), steps=4,
+    nothing = jnp.zeros((1, 2))
+    _, path = jax.jit(lambda x: inpaint(data.denoiser(schedule), schedule, x, KEY, known=nothing, mask=nothing, steps=4,
                                         resamples=2, jump=2, trajectory=True))(prior(schedule, KEY, (n, 2)))
     assert np.any(np.diff(path["t"]) > 0)
     for x, t in zip(path["x"], np.asarray(path["t"])):
@@ -93,8 +95,8 @@ def test_slerp():
 
 
 @pytest.mark.parametrize("encoder, options, decoder, order", [
-    ("ddim_inversion", {}, "ddim", 1), ("ddim_inversion", dict(iterations=2), "ddim", 2), ("ddim_inversion", dict(iterations=3), "ddim", 3),
-    ("heun", {}, "heun", 2)])
+    ("ddim_inversion", {}, "ddim", 1), ("ddim_inversion", dict(iterations=2), "ddim", 2),
+    ("ddim_inversion", dict(iterations=3), "ddim", 3), ("heun", {}, "heun", 2)])
 def test_round_trip(encoder, options, decoder, order):
     """Encoding and decoding again returns the start at the stated order."""
     with jax.enable_x64(True):
@@ -115,7 +117,7 @@ def test_round_trip(encoder, options, decoder, order):
 @pytest.mark.parametrize("schedule", ["linear", "rectified_flow"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_encode_from_the_very_data(encoder, schedule):
-    """From t = 0 to t = 1: for N(m, C) the ODE's map is x_1 = alpha m + sqrt((alpha^2 C + sigma^2) / C) (x - m), alpha, sigma at t = 1."""
+    """From t = 0 to t = 1, where the ODE's map of N(m, C) is x_1 = alpha m + sqrt((alpha^2 C + sigma^2) / C) (x - m)."""
     if encoder == "ode":
         pytest.importorskip("diffrax")
     schedule = SCHEDULES[schedule]()
@@ -136,8 +138,8 @@ def test_translate():
     x0 = jnp.asarray([[0.9, -0.4]], jnp.float32)
     out = translate(one, two, schedule, x0, encoder="heun", decoder="heun", steps=100)
     np.testing.assert_allclose(out, [[-1.0 + 0.4 * 0.4, 1.0 - 0.4 * 0.4]], atol=5e-3)
-    encoder = make_sampler("ddim_inversion", iterations=4)
-    np.testing.assert_allclose(translate(one, one, schedule, x0, encoder=encoder, steps=100), x0, atol=1e-3)
+    encoder = make_sampler("ddim_inversion", iterations=6)
+    np.testing.assert_allclose(translate(one, one, schedule, x0, encoder=encoder, steps=100), x0, atol=5e-4)
 
 
 def test_errors():

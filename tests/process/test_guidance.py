@@ -77,7 +77,8 @@ def test_mean_shift(variance):
         return (x0, jnp.full_like(x0, frac)) if variance == "learned" else x0
 
     guided = GUIDANCE["classifier_mean_shift"](whole, posterior(schedule, 1), 1.7, schedule, grid, variance)
-    plain_x, guided_x = (sample(d, schedule, x, KEY, sampler="ddpm", variance=variance, steps=1, grid=grid[:2]) for d in (whole, guided))
+    plain_x, guided_x = (sample(d, schedule, x, KEY, sampler="ddpm", variance=variance, steps=1, grid=grid[:2])
+                         for d in (whole, guided))
     (a_t, s_t), (a_s, s_s) = ((float(schedule.alpha(u)), float(schedule.sigma(u))) for u in (t, s))
     beta = 1 - (a_t / a_s) ** 2
     bounds = dict(small=beta * s_s**2 / s_t**2, large=beta)
@@ -93,7 +94,8 @@ def test_both_forms_agree_for_small_steps(variance):
     whole, part = MIXTURE.denoiser(schedule), component(0).denoiser(schedule)
     error = []
     for h in (0.04, 0.02, 0.01):
-        shifted = GUIDANCE["classifier_mean_shift"](whole, posterior(schedule, 0), 1.0, schedule, jnp.asarray([0.6, 0.6 - h, 0.0]), variance)
+        grid = jnp.asarray([0.6, 0.6 - h, 0.0])
+        shifted = GUIDANCE["classifier_mean_shift"](whole, posterior(schedule, 0), 1.0, schedule, grid, variance)
         error.append(float(jnp.abs(shifted(x, t) - part(x, t)).max() / jnp.abs(part(x, t) - whole(x, t)).max()))
     assert error[-1] < 0.06
     np.testing.assert_allclose(np.diff(np.log2(error)), -1, atol=0.15)
@@ -163,13 +165,14 @@ def test_thresholds():
     m = np.maximum(np.quantile(np.abs(x).reshape(3, -1), 0.9, axis=1), 1.0)[:, None, None, None]
     np.testing.assert_allclose(GUIDANCE["dynamic_threshold"](fixed, 0.9)(x, None), np.clip(x, -m, m) / m, rtol=1e-5)
     capped = np.minimum(m, 1.5)
-    np.testing.assert_allclose(GUIDANCE["dynamic_threshold"](fixed, 0.9, maximum=1.5)(x, None), np.clip(x, -capped, capped) / capped, rtol=1e-5)
+    out = GUIDANCE["dynamic_threshold"](fixed, 0.9, maximum=1.5)(x, None)
+    np.testing.assert_allclose(out, np.clip(x, -capped, capped) / capped, rtol=1e-5)
 
 
 def build(name, denoise, schedule):
     """A row of GUIDANCE on `denoise`, with something for each of the arguments that have no default."""
-    given = dict(other=lambda x_t, t: 0.1 * x_t, scale=jnp.asarray([1.5, 3.0]), schedule=schedule, times=jnp.asarray([1.0, 0.5, 0.0]),
-                 log_prob=lambda x_t, t: jnp.sum(jnp.cos(x_t), axis=tuple(range(1, x_t.ndim))))
+    given = dict(other=lambda x_t, t: 0.1 * x_t, scale=jnp.asarray([1.5, 3.0]), schedule=schedule,
+                 times=jnp.asarray([1.0, 0.5, 0.0]), log_prob=lambda x_t, t: jnp.sum(jnp.cos(x_t), axis=(1, 2, 3)))
     names = list(inspect.signature(GUIDANCE[name]).parameters)
     return GUIDANCE[name](denoise, **{k: given[k] for k in names[1:] if k in given})
 
@@ -210,7 +213,7 @@ def test_halves_are_evaluated_once(name):
 
 @pytest.mark.parametrize("form", ["classifier", "classifier_mean_shift"])
 def test_sampling_with_a_classifier_draws_from_the_class(form):
-    """Ancestral sampling of the whole mixture under the exact classifier at scale 1 gives that component's mean and covariance."""
+    """Ancestral sampling of the whole mixture under the exact classifier at scale 1 gives that component's moments."""
     schedule, k, n, steps = SCHEDULES["vp_sde"](), 1, 2000, 80
     times = jnp.concatenate([jnp.ones(1), schedule.t_of_logsnr(jnp.linspace(-8.0, 8.0, steps)[1:]), jnp.zeros(1)])
     whole = MIXTURE.denoiser(schedule)
@@ -219,7 +222,8 @@ def test_sampling_with_a_classifier_draws_from_the_class(form):
         prior(schedule, jax.random.key(1), (n, 2)))
     std = np.sqrt(np.diag(MIXTURE.covs[k]))
     np.testing.assert_allclose(out.mean(0), MIXTURE.means[k], atol=4.5 * std.max() / n**0.5 + 0.02)
-    np.testing.assert_allclose(np.cov(np.asarray(out).T) / np.outer(std, std), MIXTURE.covs[k] / np.outer(std, std), atol=0.15 + 3 / steps)
+    off = (np.cov(np.asarray(out).T) - MIXTURE.covs[k]) / np.outer(std, std)
+    assert np.abs(off).max() < 4.5 * (2 / n) ** 0.5 + 3 / steps
 
 
 def test_errors():

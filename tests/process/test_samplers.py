@@ -1,4 +1,4 @@
-"""Sampling methods against exact denoisers: orders of convergence, laws, ends of the schedules, limits in which methods coincide."""
+"""Sampling methods against exact denoisers: orders of convergence, laws, ends of the schedules, limits that coincide."""
 import contextlib
 import inspect
 from unittest import mock
@@ -20,8 +20,8 @@ KEY = jax.random.key(0)
 ROWS = list(SAMPLERS)
 EAGER = [name for name in ROWS if name != "ode"]  # diffrax compiles whatever it is told
 # in addition to every row's defaults
-VARIANTS = [("dpmpp_2m", dict(solver="heun")), ("dpmpp_2s", dict(ratio=0.7)), ("unipc", dict(variant="bh1")), ("unipc", dict(order=1)),
-            ("lms", dict(order=1)), ("lms", dict(order=3)), ("pndm", dict(start="runge_kutta"))]
+VARIANTS = [("dpmpp_2m", dict(solver="heun")), ("dpmpp_2s", dict(ratio=0.7)), ("unipc", dict(variant="bh1")),
+            ("unipc", dict(order=1)), ("lms", dict(order=1)), ("lms", dict(order=3)), ("pndm", dict(start="runge_kutta"))]
 
 
 def made(name, **options):
@@ -32,7 +32,7 @@ def made(name, **options):
 
 @contextlib.contextmanager
 def operation_by_operation():
-    """The control flow of `jax.lax` in Python, so that what is called outside jit compiles no loop of its own: much faster for tiny runs."""
+    """The control flow of `jax.lax` in Python, so that what is called outside jit compiles no loop: much faster for tiny runs."""
     real = jax.lax.cond, jax.lax.fori_loop
 
     def scan(body, carry, xs):
@@ -70,7 +70,7 @@ def one_of_each_family():
     return list(first.values())
 
 
-# ---- orders of convergence -------------------------------------------------------------------------------------------------------
+# ---- orders of convergence -----------------------------------------------------------------------------------------
 
 HIGH, LOW = -2.4, 2.4  # lambda, within the range of every schedule
 STEPS = np.array([64, 128, 256])
@@ -91,8 +91,8 @@ def slopes(sampler, schedules, uniform_in_t=False):
         times = both.t_of_logsnr(jnp.asarray(2 * (HIGH + (LOW - HIGH) * part**grade)))
     first, last = (both.alpha(t)[:, None] for t in (times[0], times[-1]))
     x, want, unit = (last * end, first * start, first) if sampler.upwards else (first * start, last * end, last)
-    run = jax.jit(lambda x: sample(MIXTURE.denoiser(both), both, x, KEY, sampler=sampler, steps=jnp.asarray(n), capacity=int(STEPS[-1]),
-                                   grid=times))
+    run = jax.jit(lambda x: sample(MIXTURE.denoiser(both), both, x, KEY, sampler=sampler, steps=jnp.asarray(n),
+                                   capacity=int(STEPS[-1]), grid=times))
     error = np.abs(np.asarray((run(x) - want) / unit)).max(1).reshape(len(schedules), -1)
     return -np.diff(np.log2(error), axis=1)[:, -1]
 
@@ -111,7 +111,8 @@ def test_order_of_convergence(name, options):
 def test_euler_in_t_converges_for_every_schedule():
     """Its steps are in t, so that it does see each schedule."""
     with jax.enable_x64(True):
-        np.testing.assert_allclose(slopes(make_sampler("euler"), [row() for row in SCHEDULES.values()], uniform_in_t=True), 1, atol=0.15)
+        found = slopes(make_sampler("euler"), [row() for row in SCHEDULES.values()], uniform_in_t=True)
+    np.testing.assert_allclose(found, 1, atol=0.15)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -145,9 +146,9 @@ def test_exponential_moments():
     np.testing.assert_allclose(np.stack(exponential_moments(jnp.asarray(h, jnp.float32), 4)), want, rtol=2e-5)
 
 
-# ---- laws ------------------------------------------------------------------------------------------------------------------------
+# ---- laws ----------------------------------------------------------------------------------------------------------
 
-LAW_OPTIONS = {"annealed_langevin": dict(delta=0.05, repeats=15), "edm": dict(s_churn=30.0), "ddim": dict(eta=0.6)}
+LAW_OPTIONS = {"annealed_langevin": dict(delta=0.1, repeats=8), "edm": dict(s_churn=30.0), "ddim": dict(eta=0.6)}
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "ddim_inversion"])
@@ -172,18 +173,19 @@ def test_law(name):
             bias = 0.0 if name == "ode" else 3.0 / count  # what a first-order method is allowed, relative
             mean, cov = out[i, j].mean(0), np.cov(out[i, j].T)
             assert np.all(np.abs(mean - MIXTURE.mean()) < 4.5 * std / each**0.5 + bias * std), (schedule.name, count, mean)
-            assert np.all(np.abs(cov - MIXTURE.cov()) < (4.5 * (2 / each) ** 0.5 + bias) * np.outer(std, std)), (schedule.name, count, cov)
+            off = np.abs(cov - MIXTURE.cov()) / np.outer(std, std)
+            assert np.all(off < 4.5 * (2 / each) ** 0.5 + bias), (schedule.name, count, cov)
 
 
 @pytest.mark.parametrize("delta", [0.02, 0.5])
 def test_langevin_stationary_law(delta):
-    """On N(m, v) at a fixed time the chain is linear: its own stationary variance is v / (1 - delta sigma^2 / (2 v)), which tends to v."""
-    schedule, t, n = SCHEDULES["rectified_flow"](), 0.4, 20000
+    """On N(m, v) at a fixed time the chain is linear: its stationary variance is v / (1 - delta sigma^2 / (2 v)), near v."""
+    schedule, t, n = SCHEDULES["rectified_flow"](), 0.4, 10000
     data = gaussian([0.5, -1.0], [[0.6, 0.0], [0.0, 0.05]])
     alpha, sigma2 = 0.6, 0.16
     v = alpha**2 * np.array([0.6, 0.05]) + sigma2
-    x = jnp.zeros((n, 2))
-    x = jax.jit(lambda x: langevin(data.denoiser(schedule), schedule, x, jnp.full(n, t), example_keys(KEY, n), delta, int(20 / delta)))(x)
+    x = jax.jit(lambda x: langevin(data.denoiser(schedule), schedule, x, jnp.full(n, t), example_keys(KEY, n), delta,
+                                   int(12 / delta)))(jnp.zeros((n, 2)))
     stationary = v / (1 - delta * sigma2 / (2 * v))
     np.testing.assert_allclose(x.mean(0), alpha * data.mean(), atol=4.5 * (stationary.max() / n) ** 0.5)
     np.testing.assert_allclose(x.var(0), stationary, rtol=4.5 * (2 / n) ** 0.5)
@@ -214,7 +216,7 @@ def test_ddpm_variances():
         spread(plain, "learned")
 
 
-# ---- limits in which methods coincide --------------------------------------------------------------------------------------------
+# ---- limits in which methods coincide ------------------------------------------------------------------------------
 
 def end_of(name, schedule_name="linear", steps=7, grid="uniform", key=KEY, denoise=None, **options):
     schedule = SCHEDULES[schedule_name]()
@@ -251,7 +253,8 @@ def test_first_step_and_the_step_into_data_are_ddim(name, schedule):
     np.testing.assert_allclose(end_of(name, schedule, steps=1), end_of("ddim", schedule, steps=1), atol=1e-6)
     if name in ("dpmpp_2m", "dpmpp_3m", "unipc", "lms"):
         grid = jnp.asarray([1.0, 0.4])
-        np.testing.assert_allclose(end_of(name, schedule, steps=1, grid=grid), end_of("ddim", schedule, steps=1, grid=grid), atol=1e-6)
+        first, want = (end_of(method, schedule, steps=1, grid=grid) for method in (name, "ddim"))
+        np.testing.assert_allclose(first, want, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "ve", "rectified_flow"])
@@ -269,7 +272,8 @@ def test_ode_agrees_with_the_reference_solution():
     end = np.asarray(ode_solution(MIXTURE, jnp.asarray(start, jnp.float32), HIGH, LOW))
     denoise = MIXTURE.denoiser(schedule)
     for solver in ("dopri5", "tsit5"):
-        out = sample(denoise, schedule, jnp.asarray(first * start, jnp.float32), KEY, sampler=made("ode", solver=solver), steps=1, grid=times)
+        out = sample(denoise, schedule, jnp.asarray(first * start, jnp.float32), KEY, sampler=made("ode", solver=solver), steps=1,
+                     grid=times)
         np.testing.assert_allclose(out, last * end, atol=1e-4)
 
 
@@ -280,11 +284,11 @@ def test_ode_needs_diffrax(monkeypatch):
         make_sampler("ode")
 
 
-# ---- the ends of every schedule, and every target --------------------------------------------------------------------------------
+# ---- the ends of every schedule, and every target ------------------------------------------------------------------
 
 @pytest.mark.parametrize("schedule_name", list(SCHEDULES))
 def test_every_legal_combination_is_finite_at_the_ends(schedule_name):
-    """Every sampler x target in float32, on the paths 1 -> 0, 1 -> 0.5 -> 0, 1 -> 1 - 1/1000 -> 1/1000 -> 0, for the exact network of N(0, 1/4)."""
+    """Every sampler x target in float32 on 1 -> 0, 1 -> 0.5 -> 0, 1 -> 0.999 -> 0.001 -> 0, for the exact net of N(0, 1/4)."""
     schedule = SCHEDULES[schedule_name]()
     legal = []
     for target in PARAMETERIZATIONS:
@@ -321,7 +325,7 @@ def test_every_legal_combination_is_finite_at_the_ends(schedule_name):
             assert out.dtype == jnp.float32
 
 
-# ---- what `sample` promises ------------------------------------------------------------------------------------------------------
+# ---- what `sample` promises ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", EAGER)
 def test_an_example_depends_on_its_own_key_only(name):
@@ -345,7 +349,8 @@ def test_options_may_differ_within_a_batch(name, option):
 
     def run(value):
         with operation_by_operation():
-            return sample(lambda x_t, t: 0.3 * jnp.sin(x_t), schedule, x, jax.random.key(1), sampler=name, steps=3, **{option: value, **rest})
+            return sample(lambda x_t, t: 0.3 * jnp.sin(x_t), schedule, x, jax.random.key(1), sampler=name, steps=3,
+                          **{option: value, **rest})
 
     mixed, first, second = run(jnp.asarray([a, b, a, b])), run(jnp.asarray([a] * 4)), run(b)
     np.testing.assert_allclose(mixed[0], first[0], atol=1e-5)

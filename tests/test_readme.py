@@ -1,0 +1,44 @@
+"""The README says what is true: its table of what exists is the tables, its files exist, and its recipes build."""
+import importlib
+import os
+import re
+
+import jax
+import pytest
+
+from ldm_jax.recipe import build_system
+from tests.conftest import ROOT
+from tests.runs import config
+
+README = open(os.path.join(ROOT, "README.md")).read()
+TABLES = {
+    "ldm_jax.process": ["SCHEDULES", "PARAMETERIZATIONS", "TIMES", "WEIGHTS", "GRIDS", "SAMPLERS", "GUIDANCE", "DISTILLATIONS", "FEW_STEP"],
+    "ldm_jax.models": ["NETS", "AUTOENCODERS"], "ldm_jax.data.sources": ["SOURCES"], "ldm_jax.training.state": ["OPTIMIZERS"],
+}
+
+
+@pytest.mark.parametrize("module, table", [(module, table) for module, tables in TABLES.items() for table in tables])
+def test_the_table_of_what_exists(module, table):
+    row = re.search(rf"^\| `{table}` \| (.*) \|$", README, re.M)
+    assert row, f"the README has no row for {table}"
+    assert re.findall(r"`(\w+)`", row[1]) == list(getattr(importlib.import_module(module), table))
+
+
+def test_files_that_the_readme_names_exist():
+    named = set(re.findall(r"(?:configs|launch|docs)/[\w.]+\.(?:py|sh|ipynb|png)", README))
+    assert len(named) > 8 and not [path for path in named if not os.path.exists(os.path.join(ROOT, path))]
+
+
+@pytest.mark.parametrize("variant", ["", "smoke"])
+@pytest.mark.parametrize("name", sorted(f[:-3] for f in os.listdir(os.path.join(ROOT, "configs")) if f.endswith(".py")))
+def test_every_recipe_builds_with_each_net(name, variant):
+    assert f"configs/{name}.py" in README
+    settings = config(name, variant).to_dict()
+    counts = set()
+    for net in settings["net"]:
+        if net != "name":
+            parameters = jax.eval_shape(build_system({**settings, "net": {**settings["net"], "name": net}}).init, jax.random.key(0))
+            counts.add(sum(a.size for a in jax.tree.leaves(parameters["net"])))
+    assert len(counts) == 2
+    if (name, variant) == ("ddpm_cifar", ""):
+        assert 35_746_307 in counts  # Ho et al. 2020, appendix B: 35.7 million
