@@ -27,7 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
         dit=dict(size="S", patch=2))
     config.optimizer = dict(name="adam", learning_rate=2e-4, warmup_steps=5000, decay="constant", clip_norm=1.0)
     config.train = dict(batch_size=128, steps=800_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
-    config.sampler = dict(name="ddpm", steps=1000, guidance=1.0, grid="uniform", batch_size=256, ddpm=dict(variance="large"), ddim=dict(eta=0.0))
+    config.sampler = dict(name="ddpm", steps=1000, guidance=1.0, grid="uniform", batch_size=256,
+                          ddpm=dict(variance="large"), ddim=dict(eta=0.0))
     config.mesh = dict(data=-1, fsdp=1)
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":

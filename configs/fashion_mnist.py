@@ -23,9 +23,11 @@ def get_config(variant: str = "") -> ConfigDict:
         name="unet",
         unet=dict(width=64, mults=(1, 2, 2), num_res_blocks=2, attention=(14,), num_heads=4, dropout=0.1),
         dit=dict(size="S", patch=2))
-    config.optimizer = dict(name="adamw", learning_rate=3e-4, warmup_steps=1000, decay="cosine", clip_norm=1.0, adamw=dict(weight_decay=1e-4))
+    config.optimizer = dict(name="adamw", learning_rate=3e-4, warmup_steps=1000, decay="cosine", clip_norm=1.0,
+                            adamw=dict(weight_decay=1e-4))
     config.train = dict(batch_size=256, steps=40_000, accumulate=1, ema_decay=0.9995, log_every=100, save_every=5_000, keep=2)
-    config.sampler = dict(name="euler", steps=50, guidance=1.5, grid="uniform", batch_size=250, ddim=dict(eta=0.0))
+    config.sampler = dict(name="euler", steps=50, guidance=1.5, grid="uniform", batch_size=250,
+                          ddim=dict(eta=0.0))
     config.mesh = dict(data=-1, fsdp=1)
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":

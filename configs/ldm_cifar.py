@@ -17,7 +17,8 @@ def get_first_stage(data: dict) -> ConfigDict:
     config.system = "autoencoder"
     config.seed = 0
     config.data = data
-    config.autoencoder = dict(name="kl", kl=dict(factor=2, latent_channels=4, width=128, mults=(1, 2), num_res_blocks=2, mid_attention=True))
+    config.autoencoder = dict(name="kl",
+                              kl=dict(factor=2, latent_channels=4, width=128, mults=(1, 2), num_res_blocks=2, mid_attention=True))
     config.loss = dict(kl_weight=1e-4)
     config.optimizer = dict(name="adam", learning_rate=2e-4, warmup_steps=500, decay="cosine", clip_norm=1.0)
     config.train = dict(batch_size=128, steps=50_000, accumulate=1, ema_decay=0.999, log_every=100, save_every=5_000, keep=1)
@@ -43,9 +44,11 @@ def get_config(variant: str = "") -> ConfigDict:
         name="unet",
         unet=dict(width=128, mults=(1, 2, 2), num_res_blocks=2, attention=(8,), num_heads=4, dropout=0.1),
         dit=dict(size="S", patch=2))
-    config.optimizer = dict(name="adamw", learning_rate=2e-4, warmup_steps=1000, decay="constant", clip_norm=1.0, adamw=dict(weight_decay=0.0))
+    config.optimizer = dict(name="adamw", learning_rate=2e-4, warmup_steps=1000, decay="constant", clip_norm=1.0,
+                            adamw=dict(weight_decay=0.0))
     config.train = dict(batch_size=256, steps=200_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
-    config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250, ddim=dict(eta=0.0), ddpm=dict(variance="small"))
+    config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,
+                          ddim=dict(eta=0.0), ddpm=dict(variance="small"))
     config.mesh = dict(data=-1, fsdp=1)
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":

@@ -129,8 +129,8 @@ class Pipeline:
 
 
 def _sample(make, params, x, keys, cond, guidance, steps, traced, *, sampler, static, grid, capacity, trajectory):
-    out = make(params, x, keys, cond, sampler=process.samplers.make_sampler(sampler, **traced, **dict(static)), steps=steps, capacity=capacity,
-               grid=grid, guidance=guidance, trajectory=trajectory)
+    method = process.samplers.make_sampler(sampler, **traced, **dict(static))
+    out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory)
     return jax.tree.map(to_unit, out)
 
 

@@ -127,7 +127,8 @@ def _draw(pipeline: api.Pipeline, source, workdir: str, tag: Optional[str]) -> L
 
     if pipeline.system.reconstruct is not None:
         real = source.read(range(16))["image"]
-        return [pictures.save(path("reconstructions"), [real[:8], _reconstruct(pipeline, real)[:8], real[8:], _reconstruct(pipeline, real)[8:]])]
+        again = _reconstruct(pipeline, real)
+        return [pictures.save(path("reconstructions"), [real[:8], again[:8], real[8:], again[8:]])]
     classes = pipeline.system.num_classes
     rows, columns = (min(classes, 20), 10) if classes else (8, 8)
     cond = np.repeat(np.arange(rows), columns) if classes else None

@@ -58,8 +58,8 @@ def test_no_stage_is_trained_twice(finished):
 
 def test_a_first_stage_from_elsewhere(finished, tmp_path):
     workdir, _ = finished
-    result = main(CIFAR, f"--workdir={tmp_path / 'second'}", *TINY, f"--config.first_stage_dir={workdir / 'first_stage'}", "--config.net.name=dit",
-                  "--config.net.dit.width=16", "--config.net.dit.depth=1", "--config.net.dit.num_heads=1")
+    result = main(CIFAR, f"--workdir={tmp_path / 'second'}", *TINY, f"--config.first_stage_dir={workdir / 'first_stage'}",
+                  "--config.net.name=dit", "--config.net.dit.width=16", "--config.net.dit.depth=1", "--config.net.dit.num_heads=1")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "second" / "first_stage").exists() and (tmp_path / "second" / "samples" / "grid.png").exists()
     theirs, ours = (ldm_jax.load(str(path)).params["autoencoder"] for path in (workdir / "first_stage", tmp_path / "second"))

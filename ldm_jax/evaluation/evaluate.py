@@ -21,10 +21,11 @@ def evaluate_samples(sample: Callable[[np.ndarray], np.ndarray], train: Images, 
     asked = np.arange(samples) % classes
     images = to_uint8(sample(asked))
     real = fit_classifier(train["image"], train["class"])
+    imitation = fit_classifier(images, asked)
     return {
         "samples labelled as asked, by a classifier of real images": accuracy(real, images, asked),
         "real test images labelled right, by the same": accuracy(real, test["image"], test["class"]),
-        "real test images labelled right, by a classifier of samples": accuracy(fit_classifier(images, asked), test["image"], test["class"]),
+        "real test images labelled right, by a classifier of samples": accuracy(imitation, test["image"], test["class"]),
         "median distance of samples to the nearest training image": float(np.median(nearest_distance(images, train["image"]))),
         "median distance of real test images to the same": float(np.median(nearest_distance(test["image"], train["image"]))),
     }

@@ -18,7 +18,7 @@ import numpy as np
 
 from ldm_jax.process.samplers import SAMPLERS, make_sampler, prior, sample
 from ldm_jax.process.schedules import SCHEDULES, Schedule
-from ldm_jax.types import Array, Denoise, UserError, expand
+from ldm_jax.types import Denoise, UserError, expand
 
 WEIGHTS, SCALE = np.array([0.3, 0.3, 0.4]), 0.15  # the data: a mixture of three round Gaussians
 MEANS = np.array([[1.4, 0.2], [-0.9, 1.1], [-0.3, -1.2]])

@@ -49,7 +49,8 @@ def predictor_corrector(predictor: Union[str, Sampler] = "ddpm", snr=0.16, repea
     """A step of `predictor`, then `repeats` times equation (7) at the time reached with delta = 2 snr^2.
 
     (Song et al. 2021, section 4.2.) It is the paper's delta sigma^2 = 2 (snr |z| / |score|)^2 with the norms replaced by what they
-    concentrate at in many dimensions, sqrt(D) and sqrt(D) / sigma; so it depends neither on the batch nor on the draw. Nothing follows the step into sigma = 0.
+    concentrate at in many dimensions, sqrt(D) and sqrt(D) / sigma; so it depends neither on the batch nor on the draw. Nothing
+    follows the step into sigma = 0.
 
     predictor: a row of PREDICTORS with its defaults, or a Sampler.
     """

@@ -12,8 +12,17 @@ import numpy as np
 
 from ldm_jax.process.closed_forms import cosine_continuous, edm, laplace, rectified_flow, sigmoid, sub_vp, ve, vp_sde
 from ldm_jax.process.learned_schedule import learned
-from ldm_jax.process.noising import (FAMILIES, Schedule, cosine, from_betas, from_logsnr, is_traced, linear, scaled_linear,
-                                     variance_preserving)
+from ldm_jax.process.noising import (
+    FAMILIES,
+    Schedule,
+    cosine,
+    from_betas,
+    from_logsnr,
+    is_traced,
+    linear,
+    scaled_linear,
+    variance_preserving,
+)
 from ldm_jax.types import UserError, lookup
 
 __all__ = ["FAMILIES", "SCHEDULES", "Schedule", "cosine", "cosine_continuous", "edm", "from_betas", "from_logsnr", "laplace",

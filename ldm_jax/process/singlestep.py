@@ -3,8 +3,21 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.process.gaussians import interpolated_log_variance, posterior_mean
-from ldm_jax.process.stepping import (Sampler, check_option, ddim_move, decay, estimate, exponential_move, finite_or, half_logsnr,
-                                      lost, noise_ratio, order_if, scales, whole)
+from ldm_jax.process.stepping import (
+    Sampler,
+    check_option,
+    ddim_move,
+    decay,
+    estimate,
+    exponential_move,
+    finite_or,
+    half_logsnr,
+    lost,
+    noise_ratio,
+    order_if,
+    scales,
+    whole,
+)
 from ldm_jax.types import Array, UserError, expand, fold_in, normal, split_prediction
 
 

@@ -158,8 +158,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             values = jax.device_get(window)
             bad = [i for i, v in enumerate(values) if not v["finite"]]
             if bad:
-                first = step - len(values) + bad[0] + 1
-                raise UserError(f"the loss is not finite at step {first} (first of {len(bad)} in steps {step - len(values) + 1} to {step}); "
+                start = step - len(values) + 1
+                raise UserError(f"the loss is not finite at step {start + bad[0]}, the first of {len(bad)} in steps {start} to {step}; "
                                 f"last good checkpoint: {checkpoints.steps[-1:] or 'none'}. Lower the learning rate or clip_norm, "
                                 f"then run again in a new --workdir")
             mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k != "finite"}

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.process.distillation import (DISTILLATION_WEIGHTS, DISTILLATIONS, dds_gradient, sds_gradient, surrogate_loss,
-                                          vsd_gradient)
+from ldm_jax.process.distillation import DISTILLATION_WEIGHTS, DISTILLATIONS, dds_gradient, sds_gradient, surrogate_loss, vsd_gradient
 from ldm_jax.process.schedules import SCHEDULES
 from ldm_jax.types import UserError, example_keys, normal
 from tests.oracle import GAUSSIAN, gaussian, point_mass

@@ -8,10 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.process.consistency import (CONSISTENCY_WEIGHTS, DISTANCES, INTERVALS, consistency_function, consistency_loss,
-                                         consistency_sampler, doubling_curriculum)
-from ldm_jax.process.few_step import (FEW_STEP, average_velocity, mean_flow_loss, path, progressive_loss, progressive_target,
-                                      reflow_loss, reflow_pairs, shortcut_loss)
+from ldm_jax.process.consistency import (
+    CONSISTENCY_WEIGHTS,
+    DISTANCES,
+    INTERVALS,
+    consistency_function,
+    consistency_loss,
+    consistency_sampler,
+    doubling_curriculum,
+)
+from ldm_jax.process.few_step import (
+    FEW_STEP,
+    average_velocity,
+    mean_flow_loss,
+    path,
+    progressive_loss,
+    progressive_target,
+    reflow_loss,
+    reflow_pairs,
+    shortcut_loss,
+)
 from ldm_jax.process.parameterizations import PARAMETERIZATIONS
 from ldm_jax.process.samplers import SAMPLERS, Sampler, prior, sample
 from ldm_jax.process.schedules import SCHEDULES

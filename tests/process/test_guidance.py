@@ -49,19 +49,22 @@ def test_guidance_is_the_tilted_score(schedule_name, k):
     x_t = x_t * jnp.hypot(schedule.alpha(t), schedule.sigma(t))[:, None]
     whole, part = MIXTURE.denoiser(schedule), component(k).denoiser(schedule)
     with jax.enable_x64(True):
-        want = tilted(schedule, *(jnp.asarray(a, jnp.float64) for a in (x_t, t, scale)), k)
+        want = jax.jit(lambda *a: tilted(schedule, *a, k))(*(jnp.asarray(a, jnp.float64) for a in (x_t, t, scale)))
     tolerance = dict(rtol=2e-3, atol=2e-3)
-    np.testing.assert_allclose(classifier_free(part, whole, scale)(x_t, t), want, **tolerance)
-    np.testing.assert_allclose(classifier(whole, posterior(schedule, k), scale, schedule)(x_t, t), want, **tolerance)
+    free, by_classifier = classifier_free(part, whole, scale), classifier(whole, posterior(schedule, k), scale, schedule)
+    free, by_classifier, exact = jax.jit(lambda x_t, t: (free(x_t, t), by_classifier(x_t, t), part(x_t, t)))(x_t, t)
+    np.testing.assert_allclose(free, want, **tolerance)
+    np.testing.assert_allclose(by_classifier, want, **tolerance)
     one = np.asarray(scale) == 1.0
-    np.testing.assert_allclose(part(x_t, t)[one], want[one], **tolerance)
+    np.testing.assert_allclose(exact[one], want[one], **tolerance)
 
 
 def test_classifier_where_nothing_is_left_of_the_data():
     schedule = SCHEDULES["rectified_flow"]()
     x_t, t = normal(KEY, (3, 2)), jnp.ones(3)
     whole = MIXTURE.denoiser(schedule)
-    np.testing.assert_allclose(classifier(whole, posterior(schedule, 0), 3.0, schedule)(x_t, t), whole(x_t, t))
+    guided = classifier(whole, posterior(schedule, 0), 3.0, schedule)
+    np.testing.assert_allclose(*jax.jit(lambda x_t, t: (guided(x_t, t), whole(x_t, t)))(x_t, t))
 
 
 @pytest.mark.parametrize("variance", ["small", "large", "learned"])
@@ -83,7 +86,7 @@ def test_mean_shift(variance):
     beta = 1 - (a_t / a_s) ** 2
     bounds = dict(small=beta * s_s**2 / s_t**2, large=beta)
     bounds["learned"] = bounds["large"]**frac * bounds["small"]**(1 - frac)
-    grad = jax.grad(lambda x: jnp.sum(posterior(schedule, 1)(x, jnp.full(3, t))))(x)
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(posterior(schedule, 1)(x, jnp.full(3, t)))))(x)
     np.testing.assert_allclose(guided_x - plain_x, 1.7 * bounds[variance] * grad, rtol=2e-3, atol=1e-5)
 
 
@@ -93,10 +96,15 @@ def test_both_forms_agree_for_small_steps(variance):
     schedule, x, t = SCHEDULES["rectified_flow"](), normal(KEY, (4, 2)), jnp.full(4, 0.6)
     whole, part = MIXTURE.denoiser(schedule), component(0).denoiser(schedule)
     error = []
-    for h in (0.04, 0.02, 0.01):
-        grid = jnp.asarray([0.6, 0.6 - h, 0.0])
+
+    @jax.jit
+    def off(h):
+        grid = jnp.stack([0.6, 0.6 - h, 0.0])
         shifted = GUIDANCE["classifier_mean_shift"](whole, posterior(schedule, 0), 1.0, schedule, grid, variance)
-        error.append(float(jnp.abs(shifted(x, t) - part(x, t)).max() / jnp.abs(part(x, t) - whole(x, t)).max()))
+        return jnp.abs(shifted(x, t) - part(x, t)).max() / jnp.abs(part(x, t) - whole(x, t)).max()
+
+    for h in (0.04, 0.02, 0.01):
+        error.append(float(off(h)))
     assert error[-1] < 0.06
     np.testing.assert_allclose(np.diff(np.log2(error)), -1, atol=0.15)
 
@@ -107,6 +115,7 @@ def test_mean_shift_finds_the_next_time_of_each_example():
     x, t = normal(KEY, (2, 2)), jnp.asarray([0.5, 0.7])
     whole = MIXTURE.denoiser(schedule)
 
+    @jax.jit
     def shift(grid, x, t):
         return GUIDANCE["classifier_mean_shift"](whole, posterior(schedule, 0), 1.0, schedule, grid, "small")(x, t) - whole(x, t)
 

@@ -4,8 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.process.parameterizations import (PARAMETERIZATIONS, check_parameterization, convert, denoiser, edm, preconditioned,
-                                               preconditioning, split_variance)
+from ldm_jax.process.parameterizations import (
+    PARAMETERIZATIONS,
+    check_parameterization,
+    convert,
+    denoiser,
+    edm,
+    preconditioned,
+    preconditioning,
+    split_variance,
+)
 from ldm_jax.process.schedules import SCHEDULES
 from ldm_jax.types import UserError, split_prediction
 

@@ -66,8 +66,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     batch = {**batch, "y": batch["y"].at[3].set(jnp.nan)}
     after, metrics = jax.jit(train_step(loss_fn, tx, ema_decay=0.9))(state, batch, jax.random.key(7))
     assert not metrics["finite"] and int(after.step) == 1
-    for before, now in zip(jax.tree.leaves((state.params, state.ema, state.opt_state)), jax.tree.leaves((after.params, after.ema, after.opt_state))):
-        np.testing.assert_array_equal(before, now)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state))
 
 
 @pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8), (2, 4)])
