@@ -94,7 +94,7 @@ def build_optimizer(config: Mapping[str, Any], steps: int):
 def cifar10_or_shapes() -> dict:
     """The choice of data for smoke runs: CIFAR-10 where a prepared copy is found (where TFDS keeps its data, or in
     ../shared/data/tfds beside a checkout), otherwise drawn shapes of the same size and number of classes."""
-    from ldm_jax.data.records import data_dirs, find
+    from ldm_jax.data.directories import data_dirs, find
     beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "..", "shared", "data", "tfds")
     for directory in (None, os.path.normpath(beside)):
         if find("cifar10", data_dirs(directory)):

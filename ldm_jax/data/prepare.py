@@ -27,7 +27,7 @@ from typing import Any, Iterator, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
-from ldm_jax.data.records import data_dirs, find
+from ldm_jax.data.directories import data_dirs, find
 from ldm_jax.types import UserError, lookup
 
 Examples = Iterator[Tuple[int, Mapping[str, Any]]]  # key and features

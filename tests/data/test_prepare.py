@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.data import prepare
-from ldm_jax.data.records import find, tfds
+from ldm_jax.data.directories import find
+from ldm_jax.data.records import tfds
 from ldm_jax.types import UserError
 from tests.data.archives import CIFAR10, cifar_archive, idx_files, pixels, register
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data import SOURCES, Source, cached
-from ldm_jax.data.records import find, tfds
+from ldm_jax.data.directories import find
+from ldm_jax.data.records import tfds
 from ldm_jax.data.sources import _SHAPES, digits, folder, shapes
 from ldm_jax.types import UserError
 from tests.data.archives import pixels
