@@ -9,12 +9,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2  # noqa: F401  (the events' format is there)
 
 from ldm_jax.training.checkpoint import Checkpoints
 from tests.conftest import ROOT
 from tests.runs import command, environment, main, smoke
-from tests.training.test_checkpoint import arrays_of, cut, flip
+from tests.training.test_checkpoint import arrays_of, flip
 
 pytestmark = pytest.mark.slow
 
@@ -185,14 +184,13 @@ def test_an_unwritable_workdir(tmp_path):
 
 def test_a_full_workdir(tmp_path):
     """No file may grow beyond 64 KiB, which is how a full disk looks to a checkpoint."""
-    result = main(DIGITS, f"--workdir={tmp_path / 'run'}", shell_prefix="ulimit -f 128", JAX_COMPILATION_CACHE_DIR="/dev/null/none")
+    result = main(DIGITS, f"--workdir={tmp_path / 'run'}", shell_prefix="ulimit -f 128")
     refused(result, "could not be written", "to go on")
 
 
-@pytest.mark.parametrize("damage", [flip, cut, os.remove])
-def test_a_damaged_checkpoint(finished, tmp_path, damage):
+def test_a_damaged_checkpoint(finished, tmp_path):
     workdir = copy(finished, tmp_path)
-    damage(arrays_of(workdir / "checkpoints", 20))
+    flip(arrays_of(workdir / "checkpoints", 20))
     result = main(DIGITS, f"--workdir={workdir}")
     assert result.returncode == 0 and "checkpoint 20" in result.stderr and "trying the one before" in result.stderr, result.stderr
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(finished[0]))

@@ -72,14 +72,17 @@ def ddim_inversion(iterations=1) -> Sampler:
 
     One iteration is the usual inversion (Song, Meng & Ermon 2021, section 4.3, and Mokady et al. 2023, with the network at the
     time that is reached): a round trip through it and `ddim` errs at first order in the step, with k iterations at order k. As
-    the network is never asked at the time that is left, a start at t = 0 is regular.
+    the network is never asked at the time that is left, a start at t = 0 is regular. Where alpha_t = 0, eps is x_t itself whatever
+    it is, and x0 is held fixed instead: x_t <- sigma_t (x_s - alpha_s x0) / sigma_s.
     """
     def step(denoise, schedule, x, t, s, key, carry):
         (a_t, s_t), (a_s, s_s) = scales(schedule, t, x), scales(schedule, s, x)
 
         def iterate(_, guess):
-            _, eps = estimate(denoise, schedule, guess, s)
-            return (a_s * (x - s_t * eps) / a_t + s_s * eps).astype(x.dtype)
+            x0, eps = estimate(denoise, schedule, guess, s)
+            given_x0 = s_s * (x - a_t * x0) / jnp.where(s_t > 0, s_t, 1.0)
+            given_eps = a_s * (x - s_t * eps) / a_t + s_s * eps
+            return jnp.where((a_s <= 0) & (s_t > 0), given_x0, given_eps).astype(x.dtype)
 
         return jax.lax.fori_loop(0, whole(iterations), iterate, x), carry
 

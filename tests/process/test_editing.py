@@ -8,7 +8,7 @@ from ldm_jax.process import SCHEDULES, prior, sample
 from ldm_jax.process.editing import ENCODERS, encode, inpaint, noised, resampling_path, sdedit, slerp, translate
 from ldm_jax.process.samplers import make_sampler
 from ldm_jax.types import UserError, example_keys, fold_in, normal
-from tests.oracle import MIXTURE, gaussian
+from tests.oracle import MIXTURE, gaussian, operation_by_operation
 
 KEY = jax.random.key(0)
 
@@ -19,18 +19,23 @@ def test_sdedit_keeps_the_law():
     x0 = MIXTURE.draw(jax.random.key(5), n).astype(jnp.float32)
     strength = jnp.repeat(jnp.asarray([0.3, 0.9]), n // 2)
     out = np.asarray(jax.jit(lambda x0: sdedit(MIXTURE.denoiser(schedule), schedule, x0, KEY, strength=strength, steps=100,
-                                               capacity=100, sampler="dpmpp_2m", grid="logsnr_uniform"))(x0))
+                                               capacity=100, sampler="ddpm", grid="logsnr_uniform"))(x0))
     std = np.sqrt(np.diag(MIXTURE.cov()))
     for part in out.reshape(2, -1, 2):
         np.testing.assert_allclose(part.mean(0), MIXTURE.mean(), atol=4.5 * std.max() / len(part) ** 0.5)
-        np.testing.assert_allclose(np.cov(part.T), MIXTURE.cov(), atol=(4.5 * (2 / len(part)) ** 0.5 + 0.02) * std.max() ** 2)
+        np.testing.assert_allclose(np.cov(part.T), MIXTURE.cov(), atol=(4.5 * (2 / len(part)) ** 0.5 + 0.03) * std.max() ** 2)
     moved = np.abs(out - np.asarray(x0)).mean(1).reshape(2, -1).mean(1)
     assert moved[0] < 0.5 * moved[1]
 
 
 def test_sdedit_runs_the_last_part_of_the_grid():
     schedule = SCHEDULES["linear"]()
-    denoise, x0 = MIXTURE.denoiser(schedule), normal(KEY, (2, 2))
+    denoise, x0 = jax.jit(MIXTURE.denoiser(schedule)), normal(KEY, (2, 2))
+    with operation_by_operation():
+        _sdedit_runs(schedule, denoise, x0)
+
+
+def _sdedit_runs(schedule, denoise, x0):
     out, path = sdedit(denoise, schedule, x0, KEY, strength=0.4, steps=10, trajectory=True)
     np.testing.assert_allclose(path["t"][:5], [0.4, 0.3, 0.2, 0.1, 0.0], atol=1e-6)
     keys = example_keys(KEY, 2)

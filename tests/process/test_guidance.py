@@ -9,7 +9,7 @@ import pytest
 from ldm_jax.process import GUIDANCE, SCHEDULES, prior, sample
 from ldm_jax.process.guidance import classifier, classifier_free, halves, within
 from ldm_jax.types import UserError, normal
-from tests.oracle import MIXTURE, Mixture
+from tests.oracle import MIXTURE, Mixture, operation_by_operation
 
 KEY = jax.random.key(0)
 SCALES = np.array([0.0, 1.0, 2.5, 6.0], np.float32)
@@ -80,8 +80,9 @@ def test_mean_shift(variance):
         return (x0, jnp.full_like(x0, frac)) if variance == "learned" else x0
 
     guided = GUIDANCE["classifier_mean_shift"](whole, posterior(schedule, 1), 1.7, schedule, grid, variance)
-    plain_x, guided_x = (sample(d, schedule, x, KEY, sampler="ddpm", variance=variance, steps=1, grid=grid[:2])
-                         for d in (whole, guided))
+    with operation_by_operation():
+        plain_x, guided_x = (sample(jax.jit(d), schedule, x, KEY, sampler="ddpm", variance=variance, steps=1, grid=grid[:2])
+                             for d in (whole, guided))
     (a_t, s_t), (a_s, s_s) = ((float(schedule.alpha(u)), float(schedule.sigma(u))) for u in (t, s))
     beta = 1 - (a_t / a_s) ** 2
     bounds = dict(small=beta * s_s**2 / s_t**2, large=beta)

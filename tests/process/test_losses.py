@@ -169,7 +169,7 @@ def test_hybrid_loss_teaches_only_the_variance_through_the_bound(schedule):
         return gaussians.vlb_term(made, x0, seen["x"], t, s, best, logvar).mean(1) / np.log(2) * T_
 
     terms = bound()
-    np.testing.assert_allclose(metrics["vlb"], terms, rtol=1e-3)
+    np.testing.assert_allclose(metrics["vlb"], terms, rtol=1e-3, atol=1e-3)  # float32 rounding, times T
     np.testing.assert_allclose(jax.jit(loss)(p, 0.1)[0], metrics["mse"].sum() + 0.1 * terms.sum(), rtol=1e-4)
 
 

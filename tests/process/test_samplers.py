@@ -1,8 +1,7 @@
 """Sampling methods against exact denoisers: orders of convergence, laws, ends of the schedules, limits that coincide."""
-import contextlib
 import dataclasses
+import functools
 import inspect
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,10 @@ from ldm_jax.process.multistep import exponential_moments
 from ldm_jax.process.parameterizations import check_parameterization
 from ldm_jax.process.samplers import make_sampler
 from ldm_jax.types import UserError, example_keys, fold_in, normal
-from tests.oracle import GAUSSIAN, MIXTURE, gaussian, ode_solution, point_mass, side_by_side
+from tests.oracle import GAUSSIAN, MIXTURE, gaussian, ode_solution, operation_by_operation, point_mass, side_by_side
 
 KEY = jax.random.key(0)
+POINT = [0.3, -0.8]
 B = 18  # of every run operation by operation, so that they share what is compiled
 ROWS = list(SAMPLERS)
 EAGER = [name for name in ROWS if name != "ode"]  # diffrax compiles whatever it is told
@@ -32,40 +32,12 @@ def made(name, **options):
     return make_sampler(name, **options)
 
 
-@contextlib.contextmanager
-def operation_by_operation():
-    """The control flow of `jax.lax` in Python, so that what is called outside jit compiles no loop: much faster for tiny runs."""
-    real = jax.lax.cond, jax.lax.fori_loop
-
-    def scan(body, carry, xs):
-        ys = []
-        for i in range(len(jax.tree.leaves(xs)[0])):
-            carry, y = body(carry, jax.tree.map(lambda a: a[i], xs))
-            ys.append(y)
-        return carry, None if ys[0] is None else jnp.stack(ys)
-
-    def cond(predicate, true, false, *operands):
-        if isinstance(predicate, jax.core.Tracer):
-            return real[0](predicate, true, false, *operands)
-        return (true if predicate else false)(*operands)
-
-    def fori_loop(low, high, body, value):
-        if isinstance(high, jax.core.Tracer):
-            return real[1](low, high, body, value)
-        for i in range(low, int(high)):
-            value = body(i, value)
-        return value
-
-    with mock.patch.multiple(jax.lax, scan=scan, cond=cond, fori_loop=fori_loop):
-        yield
-
-
 def options_of(name):
     return {k: p.default for k, p in inspect.signature(SAMPLERS[name]).parameters.items()}
 
 
 def one_of_each_family():
-    """The first continuous schedule of each family: in lambda = logsnr / 2 the ODE methods see no more of a schedule than its family."""
+    """The first continuous schedule of each family: in lambda = logsnr / 2 the ODE methods see no more of it than that."""
     first = {}
     for schedule in (row() for row in SCHEDULES.values()):
         if schedule.timesteps is None:
@@ -73,9 +45,18 @@ def one_of_each_family():
     return list(first.values())
 
 
-def compiled(schedule):
-    """The same schedule, each function one program: faster where the rest runs operation by operation."""
-    return dataclasses.replace(schedule, **{name: jax.jit(getattr(schedule, name)) for name in ("alpha", "sigma", "logsnr", "t_of_logsnr")})
+@functools.lru_cache(None)
+def compiled(name):
+    """A row of SCHEDULES with each of its functions one program: faster where the rest runs operation by operation."""
+    schedule = SCHEDULES[name]()
+    functions = {f: jax.jit(getattr(schedule, f)) for f in ("alpha", "sigma", "logsnr", "t_of_logsnr")}
+    return dataclasses.replace(schedule, **functions)
+
+
+@functools.lru_cache(None)
+def exact(name, single=False):
+    """The mixture's denoiser under that schedule, or that of data at one point."""
+    return jax.jit((point_mass(POINT) if single else MIXTURE).denoiser(SCHEDULES[name]()))
 
 
 # ---- orders of convergence -----------------------------------------------------------------------------------------
@@ -160,7 +141,7 @@ LAW_OPTIONS = {"annealed_langevin": dict(delta=0.1, repeats=8), "edm": dict(s_ch
                "dpmpp_2s": dict(eta=1.0)}
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name in LAW_OPTIONS or name == "ode" or make_sampler(name).order is None])
+@pytest.mark.parametrize("name", [n for n in ROWS if n in LAW_OPTIONS or n == "ode" or make_sampler(n).order is None])
 def test_law(name):
     """Mean and covariance of the mixture, at two numbers of steps, from noise at t = 1 to t = 0 on a flow and on a VP process.
 
@@ -203,6 +184,15 @@ def test_langevin_stationary_law(delta):
     np.testing.assert_allclose(x.var(0), stationary, rtol=4.5 * (2 / n) ** 0.5)
 
 
+def test_corrector_step_size():
+    """Where the network sees no noise in x, the corrector only adds some: sqrt(2 delta) sigma = 2 snr sigma, a time `repeats`."""
+    schedule, n, snr = SCHEDULES["rectified_flow"](), 20000, 0.2
+    x, times = jnp.zeros((n, 1)), jnp.asarray([0.6, 0.5])
+    out = sample(lambda x_t, t: x_t / (1 - t[:, None]), schedule, x, KEY, sampler="predictor_corrector", predictor="ddim", snr=snr,
+                 repeats=2, steps=1, grid=times)
+    assert abs(float(jnp.std(out)) / (2**0.5 * 2 * snr * 0.5) - 1) < 4.5 / (2 * n) ** 0.5
+
+
 def test_ddpm_variances():
     """One step from many copies of one x: the spread is that of the variance asked for, frac interpolating its logarithm."""
     schedule, n = SCHEDULES["cosine"](), 20000
@@ -230,10 +220,10 @@ def test_ddpm_variances():
 
 # ---- limits in which methods coincide ------------------------------------------------------------------------------
 
-def end_of(name, schedule_name="linear", steps=7, grid="uniform", key=KEY, denoise=None, **options):
-    schedule = compiled(SCHEDULES[schedule_name]())
+def end_of(name, schedule_name="linear", steps=7, grid="uniform", single=False, **options):
+    schedule = compiled(schedule_name)
     with operation_by_operation():
-        return np.asarray(sample(jax.jit(denoise or MIXTURE.denoiser(schedule)), schedule, prior(schedule, jax.random.key(3), (B, 2)), key,
+        return np.asarray(sample(exact(schedule_name, single), schedule, prior(schedule, jax.random.key(3), (B, 2)), KEY,
                                  sampler=made(name, **options), steps=steps, grid=grid))
 
 
@@ -250,11 +240,8 @@ def end_of(name, schedule_name="linear", steps=7, grid="uniform", key=KEY, denoi
     (("dpmpp_2m", dict(solver="heun")), ("dpmpp_2m", {}), "point"),
 ])
 def test_coincide(one, other, schedule):
-    if schedule == "point":
-        denoise = point_mass([0.3, -0.8]).denoiser(SCHEDULES["linear"]())
-        a, b = (end_of(name, "linear", denoise=denoise, **options) for name, options in (one, other))
-    else:
-        a, b = (end_of(name, schedule, **options) for name, options in (one, other))
+    single = schedule == "point"
+    a, b = (end_of(name, "linear" if single else schedule, single=single, **options) for name, options in (one, other))
     np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, np.abs(a).max()))
 
 
@@ -272,8 +259,7 @@ def test_first_step_and_the_step_into_data_are_ddim(name, schedule):
 @pytest.mark.parametrize("schedule", ["linear", "ve", "rectified_flow"])
 @pytest.mark.parametrize("name", [name for name in EAGER if name not in ("euler", "euler_maruyama", "ddim_inversion")])
 def test_point_mass_is_exact_in_one_step(name, schedule):
-    denoise = point_mass([0.3, -0.8]).denoiser(SCHEDULES[schedule]())
-    np.testing.assert_allclose(end_of(name, schedule, steps=1, denoise=denoise), np.tile([[0.3, -0.8]], (B, 1)), atol=1e-6)
+    np.testing.assert_allclose(end_of(name, schedule, steps=1, single=True), np.tile([POINT], (B, 1)), atol=1e-6)
 
 
 def test_ode_agrees_with_the_reference_solution():
@@ -301,7 +287,7 @@ def test_ode_needs_diffrax(monkeypatch):
 @pytest.mark.parametrize("schedule_name", list(SCHEDULES))
 def test_every_legal_combination_is_finite_at_the_ends(schedule_name):
     """Every sampler x target in float32 on 1 -> 0, 1 -> 0.5 -> 0, 1 -> 0.999 -> 0.001 -> 0, for the exact net of N(0, 1/4)."""
-    schedule = compiled(SCHEDULES[schedule_name]())
+    schedule = compiled(schedule_name)
     legal = []
     for target in PARAMETERIZATIONS:
         try:
@@ -343,8 +329,8 @@ def test_every_legal_combination_is_finite_at_the_ends(schedule_name):
 @pytest.mark.parametrize("name", EAGER)
 def test_an_example_depends_on_its_own_key_only(name):
     """In another order, each example with its key, the same examples come out in that order."""
-    schedule, sampler = compiled(SCHEDULES["rectified_flow"]()), made(name)
-    denoise, x, keys = jax.jit(MIXTURE.denoiser(schedule)), prior(schedule, KEY, (B, 2)), example_keys(jax.random.key(1), B)
+    schedule, sampler, denoise = compiled("rectified_flow"), made(name), exact("rectified_flow")
+    x, keys = prior(schedule, KEY, (B, 2)), example_keys(jax.random.key(1), B)
     order = np.random.default_rng(0).permutation(B)
     with operation_by_operation():
         one, other = (sample(denoise, schedule, x[i], keys[i], sampler=sampler, steps=3) for i in (np.arange(B), order))
@@ -355,8 +341,8 @@ def test_an_example_depends_on_its_own_key_only(name):
 
 def test_four_or_eight_examples():
     schedule = SCHEDULES["linear"]()
-    four, eight = (sample(MIXTURE.denoiser(schedule), schedule, prior(schedule, KEY, (n, 2)), jax.random.key(1), sampler="ddpm", steps=3)
-                   for n in (4, 8))
+    four, eight = (sample(MIXTURE.denoiser(schedule), schedule, prior(schedule, KEY, (n, 2)), jax.random.key(1), sampler="ddpm",
+                          steps=3) for n in (4, 8))
     np.testing.assert_allclose(four, eight[:4], atol=1e-6)
 
 
@@ -364,7 +350,7 @@ def test_four_or_eight_examples():
                                           if isinstance(v, float) or k == "order"])
 def test_options_may_differ_within_a_batch(name, option):
     """An array of settings [B] gives each example what it gets with its own setting alone."""
-    schedule, x = compiled(SCHEDULES["linear"]()), prior(SCHEDULES["linear"](), KEY, (B, 2))
+    schedule, x = compiled("linear"), prior(SCHEDULES["linear"](), KEY, (B, 2))
     a, b = (1, 2) if option == "order" else (0.05, 0.3) if option == "delta" else (0.4, 0.9)
     rest = dict(s_churn=2.0) if name == "edm" and option != "s_churn" else {}
 
@@ -381,8 +367,8 @@ def test_options_may_differ_within_a_batch(name, option):
 
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m", "unipc", "pndm", "ddim_inversion"])
 def test_steps_may_differ_within_a_batch(name):
-    schedule = compiled(SCHEDULES["linear"]())
-    denoise, x = jax.jit(MIXTURE.denoiser(schedule)), 0.5 * normal(KEY, (B, 2))
+    schedule = compiled("linear")
+    denoise, x = exact("linear"), 0.5 * normal(KEY, (B, 2))
     with operation_by_operation():
         mixed = sample(denoise, schedule, x, jax.random.key(1), sampler=name, steps=jnp.asarray([2, 5, 3] * (B // 3)))
         alone = [sample(denoise, schedule, x, jax.random.key(1), sampler=name, steps=n) for n in (2, 5, 3)]
