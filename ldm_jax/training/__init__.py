@@ -1,0 +1,1 @@
+"""Training: one loop for every system, and what it stands on."""
