@@ -42,6 +42,12 @@ def test_flax_is_confined_to_models(path):
         assert not [name for name in imports(path) if name.split(".")[0] == "flax"]
 
 
+def test_every_folder_is_a_package():
+    """Otherwise `pip install .` leaves it out, and only a checkout works."""
+    folders = {os.path.dirname(path) for path in FILES}
+    assert not [folder for folder in folders if not os.path.exists(os.path.join(PACKAGE, folder, "__init__.py"))]
+
+
 def test_no_tensorflow_no_torch_and_a_quick_start():
     code = ("import sys, ldm_jax; assert 'jax' not in sys.modules, 'import ldm_jax should cost nothing';"
             "import ldm_jax.run, ldm_jax.data.records, tensorflow_datasets;"
