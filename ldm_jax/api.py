@@ -56,7 +56,7 @@ class Pipeline:
           x_init: the starting noise [num, ...], N(0, I), in the space that is diffused.
           batch_size: pictures at a time; the last batch is padded.
           trajectory: also return the pictures at every step, [steps + 1, num, H, W, C].
-          options: the sampler's own, such as eta=0.5 for "ddim".
+          options: the sampler's own, such as eta=0.5 for "ddim"; a number, or one for each picture.
 
         Returns:
           [num, H, W, C] float32 in [0, 1].
@@ -85,15 +85,17 @@ class Pipeline:
             raise UserError(f"x_init has shape {x_init.shape}; this model starts from {(num, *shape)}")
         keys = fold_in(example_keys(key, num), 1)
         size = min(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or 256))
-        traced = {k: jnp.float32(v) for k, v in options.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        static = tuple(sorted((k, v) for k, v in options.items() if k not in traced))
+        static, numbers = process.samplers.split_options(sampler, options)
         capacity = steps if trajectory else max(_CAPACITY, 1 << (steps - 1).bit_length())
+        for name, value in numbers.items():
+            if value.shape not in ((), (num,)):
+                raise UserError(f"{name} has shape {value.shape} for num={num} pictures; give one number, or one each")
         pictures = []
         for start in range(0, num, size):
             take = np.minimum(np.arange(start, start + size), num - 1)
             part = jax.tree.map(lambda a: a[take], (x_init, keys, cond, guidance))
-            out = self._sample(self.params, *part, jnp.int32(steps), traced, sampler=sampler, static=static, grid=grid,
-                               capacity=capacity, trajectory=trajectory)
+            out = self._sample(self.params, *part, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
+                               sampler=sampler, static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory)
             pictures.append(jax.tree.map(np.asarray, out))
         if not trajectory:
             return np.concatenate(pictures)[:num]
@@ -128,8 +130,8 @@ class Pipeline:
         return None if cond is None or np.all(scale == 1.0) else jnp.broadcast_to(scale, (num,))
 
 
-def _sample(make, params, x, keys, cond, guidance, steps, traced, *, sampler, static, grid, capacity, trajectory):
-    method = process.samplers.make_sampler(sampler, **traced, **dict(static))
+def _sample(make, params, x, keys, cond, guidance, steps, numbers, *, sampler, static, grid, capacity, trajectory):
+    method = process.samplers.make_sampler(sampler, **numbers, **dict(static))
     out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory)
     return jax.tree.map(to_unit, out)
 

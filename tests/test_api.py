@@ -71,9 +71,16 @@ def test_nets_are_raw(pipeline):
     assert out.shape == x.shape and np.isfinite(out).all()
 
 
-def test_every_sampler_of_the_table_makes_pictures(pipeline):
-    for name in ("ddpm", "ddim", "euler"):
+def test_methods_of_each_kind_make_pictures(pipeline):
+    for name in ("ddpm", "euler", "dpmpp_2m", "edm", "ode"):
         assert np.isfinite(pipeline.sample(0, num=2, cond=[0, 1], sampler=name, steps=3)).all()
+
+
+def test_every_picture_may_have_its_own_settings(pipeline):
+    together = pipeline.sample(0, cond=[1, 2, 3], eta=[0.0, 0.5, 1.0], guidance=[1.5, 2.0, 3.0], batch_size=2)
+    alone = pipeline.sample(0, cond=[1, 2, 3], eta=0.5, guidance=2.0)
+    np.testing.assert_allclose(together[1], alone[1], atol=1e-5)
+    assert np.abs(together[2] - alone[2]).max() > 1e-3
 
 
 def test_overrides(workdir):

@@ -1,6 +1,6 @@
 """The table of sampling methods, and the one scan, `sample`, that runs them all. stepping.py derives what they share."""
 import inspect
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Mapping, Optional, Tuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,13 @@ def make_sampler(sampler: Union[str, Sampler], **options: Any) -> Sampler:
     if unknown:
         raise UserError(f"sampler {sampler!r} has no option {', '.join(unknown)}; it takes: {', '.join(known) or 'none'}")
     return row(**options)
+
+
+def split_options(sampler: str, options: Mapping[str, Any]) -> Tuple[dict, dict]:
+    """(static, numbers): options that shape the computation, which a row annotates, and those that may be traced, as float32."""
+    known = inspect.signature(lookup(SAMPLERS, sampler, "sampler")).parameters
+    static = {name: value for name, value in options.items() if known[name].annotation is not inspect.Parameter.empty}
+    return static, {name: jnp.asarray(value, jnp.float32) for name, value in options.items() if name not in static}
 
 
 def prior(schedule: Schedule, key: Array, shape) -> Array:
