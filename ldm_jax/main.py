@@ -40,8 +40,9 @@ def parse(argv):
 def fail(message: str, code: int = 2):
     if "--debug" in sys.argv:
         traceback.print_exc()
+    sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    os._exit(code)  # not sys.exit: threads of a failed save would have the last word
 
 
 def main(argv):
