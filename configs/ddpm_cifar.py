@@ -19,8 +19,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = dict(name="tfds", tfds=dict(name="cifar10", data_dir=placeholder(str)), image_shape=(32, 32, 3), num_classes=None,
                        flip=True)
     config.process = dict(schedule=dict(name="linear", linear=dict(timesteps=1000, beta_start=1e-4, beta_end=0.02)),
-                          parameterization="eps", times="uniform", weight="simple", class_dropout=0.0,
-                          learned_variance=False)
+                          parameterization="eps", times="uniform", weight="simple", learned_variance=False)
+    config.conditioners = {}
     config.net = dict(
         name="unet",
         unet=dict(width=128, mults=(1, 2, 2, 2), num_res_blocks=2, attention=(16,), dropout=0.1, timesteps=1000),

@@ -16,8 +16,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.system = "pixel"
     config.seed = 0
     config.data = dict(name="digits", image_shape=(8, 8, 1), num_classes=10, flip=False)
-    config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple", class_dropout=0.1,
+    config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple",
                           learned_variance=False)
+    config.conditioners = {"class": {"drop": 0.1}}
     config.net = dict(
         name="unet",
         unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), num_heads=4, dropout=0.1),

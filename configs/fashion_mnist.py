@@ -17,8 +17,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = dict(name="tfds", tfds=dict(name="fashion_mnist", data_dir=placeholder(str)), image_shape=(28, 28, 1), num_classes=10,
                        flip=True)
     config.process = dict(schedule=dict(name="rectified_flow"), parameterization="flow", times="logit_normal", weight="simple",
-                          class_dropout=0.1,
                           learned_variance=False)
+    config.conditioners = {"class": {"drop": 0.1}}
     config.net = dict(
         name="unet",
         unet=dict(width=64, mults=(1, 2, 2), num_res_blocks=2, attention=(14,), num_heads=4, dropout=0.1),

@@ -3,6 +3,7 @@
 A choice is a section {"name": NAME, NAME: {its options}}: the other rows' options may stand beside it, so that
 `--config.net.name=dit` is all it takes to switch.
 """
+import inspect
 import os
 from typing import Any, Mapping, Sequence
 
@@ -16,19 +17,32 @@ def choose(table: Mapping[str, Any], choice: Mapping[str, Any], kind: str, **mor
     return make(**{**dict(choice.get(choice["name"]) or {}), **more})
 
 
+def choose_or_none(table: Mapping[str, Any], choice: Mapping[str, Any], kind: str, **more: Any) -> Any:
+    """As `choose`, or None where the name is "none"."""
+    return None if choice["name"] == "none" else choose({**table, "none": None}, choice, kind, **more)
+
+
 def build_source(data: Mapping[str, Any], split: str):
-    """The split of the data source that the `data` section names.
+    """The split of the data source that the `data` section names; of the train split its first `limit` examples, where that is set.
 
     Raises:
-      UserError: when its pictures or classes are not those that the config states.
+      UserError: when its pictures, classes or further fields are not those that the config states.
     """
+    from ldm_jax.data.base import first
     from ldm_jax.data.sources import SOURCES
-    source = choose(SOURCES, data, "data source", split=split)
+    fields = _fields(data)
+    if fields and "fields" not in inspect.signature(lookup(SOURCES, data["name"], "data source")).parameters:
+        raise UserError(f"data {data['name']!r} has no fields beside image and class; the config states {', '.join(fields)} (data.fields)")
+    source = choose(SOURCES, data, "data source", split=split, **({"fields": tuple(fields)} if fields else {}))
+    for name, shape in fields.items():
+        if source.fields[name].shape != shape:
+            raise UserError(f"field {name!r} of data {source.name!r} has shape {source.fields[name].shape}, the config states {shape}; "
+                            f"set data.fields to what the data has")
     stated = tuple(data["image_shape"]), data["num_classes"]
     if stated != (source.image_shape, source.num_classes if data["num_classes"] is not None else None):
         raise UserError(f"data {source.name!r} has images {source.image_shape} in {source.num_classes} classes, the config states "
                         f"{stated[0]} in {stated[1]}; set data.image_shape and data.num_classes to what the data has")
-    return source
+    return first(source, data["limit"]) if split == "train" and data.get("limit") else source
 
 
 def _autoencoder(config: Mapping[str, Any]):
@@ -36,39 +50,88 @@ def _autoencoder(config: Mapping[str, Any]):
     return choose(models.AUTOENCODERS, config["autoencoder"], "autoencoder", image_shape=tuple(config["data"]["image_shape"]))
 
 
-def _net(config: Mapping[str, Any], image_shape):
+def _fields(data: Mapping[str, Any]) -> dict:
+    """name -> shape of what the `data` section states beside image and class, in its optional key `fields`."""
+    return {name: tuple(shape) for name, shape in sorted((data.get("fields") or {}).items())}
+
+
+def _conditioners(config: Mapping[str, Any], shape) -> dict:
+    """The conditioners of the `conditioners` section, name -> options: a name is a row of CONDITIONERS, or has one as its `kind`."""
+    from ldm_jax.systems.conditioners import CONDITIONERS
+    from ldm_jax.systems.conditions import Space
+    data, out = config["data"], {}
+    space = Space(tuple(data["image_shape"]), tuple(shape), data["num_classes"], _fields(data))
+    for name, section in (config.get("conditioners") or {}).items():
+        options = dict(section or {})
+        row = lookup(CONDITIONERS, options.pop("kind", name), "conditioner")
+        known = list(inspect.signature(row).parameters)[1:]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise UserError(f"conditioner {name!r} has no option {unknown[0]!r}; it takes: {', '.join(known)}")
+        out[name] = row(space, **options)
+    return out
+
+
+def _net(config: Mapping[str, Any], image_shape, conditioners):
     from ldm_jax import models
+    from ldm_jax.systems.conditions import needs
     channels = image_shape[-1] * (2 if config["process"].get("learned_variance") else 1)
-    return choose(models.NETS, config["net"], "net", image_shape=image_shape, num_classes=config["data"]["num_classes"],
-                  out_channels=channels)
+    sizes, row = needs(conditioners), lookup(models.NETS, config["net"]["name"], "net")
+    homeless = sorted(set(sizes) - set(inspect.signature(row).parameters))
+    if homeless:
+        raise UserError(f"net {config['net']['name']!r} has no {homeless[0]}, which the conditioners {sorted(conditioners)} need")
+    return choose(models.NETS, config["net"], "net", image_shape=image_shape, out_channels=channels, **sizes)
 
 
 def _process(config: Mapping[str, Any]) -> dict:
     section = dict(config["process"])
     return {**section, "schedule": choose(process.SCHEDULES, section["schedule"], "schedule"),
-            "image_shape": tuple(config["data"]["image_shape"]), "num_classes": config["data"]["num_classes"]}
+            "image_shape": tuple(config["data"]["image_shape"])}
 
 
 def pixel(config: Mapping[str, Any]):
     """Diffusion of the pictures themselves."""
     from ldm_jax import systems
-    return systems.diffusion(_net(config, tuple(config["data"]["image_shape"])), **_process(config))
+    shape = tuple(config["data"]["image_shape"])
+    conditioners = _conditioners(config, shape)
+    return systems.diffusion(_net(config, shape, conditioners), conditioners=conditioners, **_process(config))
 
 
 def autoencoder(config: Mapping[str, Any]):
     """A first stage."""
-    from ldm_jax import systems
-    return systems.autoencoding(_autoencoder(config), image_shape=tuple(config["data"]["image_shape"]), **config["loss"])
+    from ldm_jax import models, systems
+    from ldm_jax.weights.files import read_arrays
+    image_shape = tuple(config["data"]["image_shape"])
+    return systems.autoencoding(
+        _autoencoder(config), image_shape=image_shape, perceptual=choose_or_none(models.PERCEPTUALS, config["perceptual"], "perceptual"),
+        discriminator=choose_or_none(models.DISCRIMINATORS, config["discriminator"], "discriminator", image_shape=image_shape),
+        read_arrays=read_arrays, **config["loss"])
 
 
 def latent(config: Mapping[str, Any]):
     """Diffusion in the latents of the autoencoder that `first_stage` describes."""
-    from ldm_jax import systems
-    first = _autoencoder(config["first_stage"])
-    return systems.latent(_net(config, first.latent_shape), first, **_process(config))
+    from ldm_jax import models, systems
+    first, tile = _autoencoder(config["first_stage"]), config["first_stage"]["autoencoder"].get("tile")
+    first = models.tiled(first, tile, overlap=tile // 4) if tile else first
+    conditioners = _conditioners(config, first.latent_shape)
+    of_pictures = [name for name, conditioner in conditioners.items() if "image" in conditioner.fields]
+    if of_pictures and (config.get("latents") or {}).get("cache"):
+        raise UserError(f"conditioner {of_pictures[0]!r} is drawn from the pictures, which a cache of latents lacks; "
+                        f"set latents.cache=False")
+    return systems.latent(_net(config, first.latent_shape, conditioners), first, conditioners=conditioners, **_process(config))
 
 
-SYSTEMS = {"pixel": pixel, "autoencoder": autoencoder, "latent": latent}
+def classifier(config: Mapping[str, Any]):
+    """A classifier of noisy images, for classifier guidance in the space of the pictures."""
+    from ldm_jax import models, systems
+    settings = _process(config)
+    net = choose(models.CLASSIFIERS, config["classifier"], "classifier", image_shape=settings["image_shape"],
+                 num_classes=config["data"]["num_classes"])
+    return systems.classifying(net, num_classes=config["data"]["num_classes"],
+                               **{name: settings[name] for name in ("image_shape", "schedule", "times")})
+
+
+SYSTEMS = {"pixel": pixel, "autoencoder": autoencoder, "latent": latent, "classifier": classifier}
 
 
 def build_system(config: Mapping[str, Any]):
@@ -82,13 +145,17 @@ def build_sampler(section: Mapping[str, Any]) -> process.Sampler:
     return process.samplers.make_sampler(section["name"], **dict(section.get(section["name"]) or {}))
 
 
-def build_optimizer(config: Mapping[str, Any], steps: int):
-    """The optax transformation of an `optimizer` section for a run of `steps`."""
-    from ldm_jax.training.state import learning_rate, optimizer
-    section = dict(config)
-    rate = learning_rate(section.pop("learning_rate"), steps=steps, warmup_steps=section.pop("warmup_steps"), decay=section.pop("decay"))
-    name = section.pop("name")
-    return optimizer(name, rate, clip_norm=section.pop("clip_norm"), **dict(section.get(name) or {}))
+def build_optimizer(config: Mapping[str, Any], trained: Sequence[str]):
+    """The optax transformation of a config's `optimizer` section, and of its `optimizers`: net's name -> its own section."""
+    from ldm_jax.training.state import by_name, learning_rate, optimizer
+
+    def build(section):
+        rate = learning_rate(section["learning_rate"], steps=config["train"]["steps"], warmup_steps=section["warmup_steps"],
+                             decay=section["decay"])
+        return optimizer(section["name"], rate, clip_norm=section["clip_norm"], **dict(section.get(section["name"]) or {}))
+
+    special = {name: build(section) for name, section in (config.get("optimizers") or {}).items() if name in trained}
+    return by_name(build(config["optimizer"]), special)
 
 
 def cifar10_or_shapes() -> dict:
@@ -102,7 +169,7 @@ def cifar10_or_shapes() -> dict:
     return dict(name="shapes", shapes=dict(size=32))
 
 
-FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "sampler", "eval", "mesh", "data.tfds.data_dir",
+FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
         "data.folder.path")
 
 

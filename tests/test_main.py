@@ -48,7 +48,7 @@ def parameters(workdir):
     from ldm_jax.training.state import new_state
     config = smoke("digits")
     system = build_system(config)
-    tx = build_optimizer(config["optimizer"], config["train"]["steps"])
+    tx = build_optimizer(config, system.trained)
     abstract = jax.eval_shape(lambda key: new_state(system.init(key), system.trained, tx), jax.random.key(0))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         step, state, _ = checkpoints.restore(abstract, warn=pytest.fail)

@@ -6,14 +6,17 @@ import re
 import jax
 import pytest
 
+from ldm_jax.models import AUTOENCODERS, NETS
 from ldm_jax.recipe import build_system
 from tests.conftest import ROOT
 from tests.runs import config
 
 README = open(os.path.join(ROOT, "README.md")).read()
 TABLES = {
-    "ldm_jax.process": ["SCHEDULES", "PARAMETERIZATIONS", "TIMES", "WEIGHTS", "GRIDS", "SAMPLERS", "GUIDANCE", "DISTILLATIONS", "FEW_STEP"],
-    "ldm_jax.models": ["NETS", "AUTOENCODERS"], "ldm_jax.data.sources": ["SOURCES"], "ldm_jax.training.state": ["OPTIMIZERS"],
+    "ldm_jax.process": ["SCHEDULES", "PARAMETERIZATIONS", "TIMES", "WEIGHTS", "GRIDS", "SAMPLERS", "GUIDANCE", "DISTILLATIONS", "FEW_STEP",
+                        "ADVERSARIAL"],
+    "ldm_jax.models": ["NETS", "AUTOENCODERS", "CLASSIFIERS", "DISCRIMINATORS", "PERCEPTUALS"],
+    "ldm_jax.systems.conditioners": ["CONDITIONERS"], "ldm_jax.data.sources": ["SOURCES"], "ldm_jax.training.state": ["OPTIMIZERS"],
 }
 
 
@@ -35,10 +38,10 @@ def test_every_recipe_builds_with_each_net(name, variant):
     assert f"configs/{name}.py" in README
     settings = config(name, variant).to_dict()
     counts = set()
-    for net in settings["net"]:
-        if net != "name":
-            parameters = jax.eval_shape(build_system({**settings, "net": {**settings["net"], "name": net}}).init, jax.random.key(0))
-            counts.add(sum(a.size for a in jax.tree.leaves(parameters["net"])))
+    part = "net" if "net" in settings else "autoencoder"
+    for choice in set(settings[part]) & {*NETS, *AUTOENCODERS}:
+        parameters = jax.eval_shape(build_system({**settings, part: {**settings[part], "name": choice}}).init, jax.random.key(0))
+        counts.add(sum(a.size for a in jax.tree.leaves(parameters[part])))
     assert len(counts) == 2
     if (name, variant) == ("ddpm_cifar", ""):
         assert 35_746_307 in counts  # Ho et al. 2020, appendix B: 35.7 million

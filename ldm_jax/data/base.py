@@ -1,19 +1,36 @@
-"""What a data source is, and the two things every image source needs: a cache of decoded pixels and a square crop."""
+"""What a data source is, and the two things every image source needs: a cache of decoded examples and a square crop."""
 import dataclasses
+import math
 from typing import Callable, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-CACHE_BYTES = 2**28  # sources whose decoded pixels fit in this are kept in memory
+from ldm_jax.types import UserError
+
+CACHE_BYTES = 2**28  # sources whose decoded examples fit in this are kept in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What an example has beside image and class: an array of this shape and dtype.
+
+    mirrored: what becomes of it when the picture is mirrored left to right. "same": nothing; "spatial": its second axis is
+      mirrored too; "untrue": it describes another picture then, so that its source cannot be mirrored.
+    """
+    shape: Tuple[int, ...]
+    dtype: str = "float32"
+    mirrored: str = "same"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Random access to images with or without a class.
+    """Random access to images with or without a class, and to what else each example has.
 
     image_shape: (H, W, C). num_classes: None where the images carry no class; then class_names is empty.
     read: ids (each 0..size-1, any order, repeats allowed) -> {"image": uint8 [n, H, W, C], "class": int32 [n]}, without
-      "class" where num_classes is None. The arrays are the caller's to change; it may be called from several threads.
+      "class" where num_classes is None, and with an array [n, ...] for each of `fields`. The arrays are the caller's to change;
+      it may be called from several threads.
+    fields: name -> Field, beyond image and class.
     """
     name: str
     image_shape: Tuple[int, int, int]
@@ -21,41 +38,59 @@ class Source:
     class_names: Tuple[str, ...]
     size: int
     read: Callable[[Sequence[int]], Mapping[str, np.ndarray]]
+    fields: Mapping[str, Field] = dataclasses.field(default_factory=dict)
 
 
 def cached(source: Source, limit: int = CACHE_BYTES) -> Source:
-    """The source with every example kept in one uint8 array once it has been read; as it is where that would pass `limit`.
+    """The source with every example kept in memory once it has been read; as it is where that would pass `limit` bytes.
 
-    Nothing is read ahead: the first epoch pays for decoding and later ones copy rows. The array belongs to the process,
+    Nothing is read ahead: the first epoch pays for decoding and later ones copy rows. The arrays belong to the process,
     so each worker process of a pipeline fills its own.
     """
-    if source.size * int(np.prod(source.image_shape)) > limit:
+    fields = {"image": Field(source.image_shape, "uint8"), **source.fields}
+    if source.num_classes is not None:
+        fields["class"] = Field((), "int32")
+    if source.size * sum(math.prod(f.shape) * np.dtype(f.dtype).itemsize for f in fields.values()) > limit:
         return source
-    image = np.empty((source.size, *source.image_shape), np.uint8)  # pages are claimed as they are written
-    label = np.empty(source.size, np.int32)
-    have = np.zeros(source.size, bool)
-    return dataclasses.replace(source, read=_Cache(source.read, image, label, have, source.num_classes is not None))
+    kept = {name: np.empty((source.size, *f.shape), f.dtype) for name, f in fields.items()}  # pages are claimed as they are written
+    return dataclasses.replace(source, read=_Cache(source.read, kept, np.zeros(source.size, bool)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cache:
     fetch: Callable
-    image: np.ndarray
-    label: np.ndarray
+    kept: Mapping[str, np.ndarray]
     have: np.ndarray
-    labelled: bool
 
     def __call__(self, ids):
         ids = np.asarray(ids)
         missing = np.unique(ids[~self.have[ids]])
         if len(missing):
             batch = self.fetch(missing.tolist())
-            self.image[missing] = batch["image"]
-            if self.labelled:
-                self.label[missing] = batch["class"]
-            self.have[missing] = True  # last, so that another thread never sees a row before its pixels
-        batch = {"image": self.image[ids]}
-        return {**batch, "class": self.label[ids]} if self.labelled else batch
+            for name, array in self.kept.items():
+                array[missing] = batch[name]
+            self.have[missing] = True  # last, so that another thread never sees a row before its values
+        return {name: array[ids] for name, array in self.kept.items()}
+
+
+def first(source: Source, limit: int) -> Source:
+    """The source's first `limit` examples, all of them where there are no more."""
+    if limit < 1:
+        raise UserError(f"limit={limit} of the data must be 1 or more")
+    return dataclasses.replace(source, size=min(source.size, limit))
+
+
+def spatial(source: Source) -> Tuple[str, ...]:
+    """The names of what is mirrored with a picture.
+
+    Raises:
+      UserError: where the source has a field that would not be true of a mirror image.
+    """
+    untrue = sorted(name for name, field in source.fields.items() if field.mirrored == "untrue")
+    if untrue:
+        raise UserError(f"flip=True would make the field {untrue[0]!r} of data {source.name!r} untrue; set data.flip=False, or leave the "
+                        f"field out of data.fields")
+    return "image", *(name for name, field in source.fields.items() if field.mirrored == "spatial")
 
 
 def in_memory(name: str, image: np.ndarray, label: np.ndarray, class_names: Sequence[str]) -> Source:

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterable, Mapping, Optional
 
 import numpy as np
 
-from ldm_jax.data.base import Source
+from ldm_jax.data.base import Source, spatial
 from ldm_jax.types import UserError
 
 _OPEN = weakref.WeakSet()
@@ -22,7 +22,8 @@ PLACED_AHEAD = 2  # batches already on the devices
 
 
 class Batches:
-    """An endless iterator over dicts of arrays: "image" uint8 [B, H, W, C] and, for a labelled source, "class" int32 [B].
+    """An endless iterator over dicts of arrays: "image" uint8 [B, H, W, C], for a labelled source "class" int32 [B], and the
+    source's further fields.
 
     Its state is the index of the next batch. Call close() (or use it as a context manager) when done, to free the batches
     read ahead.
@@ -86,12 +87,12 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
       seed: 0 .. 2^32 - 1; draws the order of every epoch and the mirroring.
       sharding: of a batch's leading axis; the arrays come as global jax.Arrays, of which this process gives its part.
         None: numpy arrays, this process's B / process_count examples only.
-      flip: mirror each image left to right with probability 1/2.
+      flip: mirror each image left to right with probability 1/2, and with it the fields that follow the picture.
       num_workers: processes that decode. 0, decoding in a thread, starts at once and is right for small images; a worker
         takes seconds to start and pays where decoding is the bottleneck.
 
     Raises:
-      UserError: a batch that the processes cannot share equally, or a number out of range.
+      UserError: a batch that the processes cannot share equally, a number out of range, or flip where a field would be untrue.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"batch_size {batch_size} must be a positive multiple of the number of processes, {process_count}")
@@ -104,12 +105,14 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
     if source.size < 1:
         raise UserError(f"data source {source.name!r} has no images")
     share = batch_size // process_count
+    names = spatial(source) if flip else ()
 
     def read(k: int, ids: np.ndarray) -> Mapping[str, np.ndarray]:
         batch = dict(source.read(ids.tolist()))
         if flip:
             mirrored = np.random.default_rng((seed, k)).random(batch_size)[process_index * share:][:share] < 0.5
-            batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
+            for name in names:
+                batch[name][mirrored] = batch[name][mirrored, :, ::-1]
         return batch
 
     def own(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

@@ -1,12 +1,13 @@
 """The data sources by name: each row of SOURCES is a function (split, named arguments) -> Source."""
 import zlib
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 
-from ldm_jax.data.base import Source, cached, in_memory, square
+from ldm_jax.data.base import Field, Source, cached, in_memory, square
 from ldm_jax.data.records import tfds
-from ldm_jax.types import UserError
+from ldm_jax.types import UserError, lookup
 
 SPLITS = ("train", "test")
 
@@ -52,31 +53,58 @@ _SHAPES = {
 }
 
 
-def shapes(split: str = "train", *, size: int = 32, count: int = 4096, seed: int = 0, cache: bool = True) -> Source:
+_SHAPE_FIELDS = {
+    "vector": lambda size: Field((9,), mirrored="untrue"),
+    "map": lambda size: Field((size, size), "uint8", "spatial"),
+    "sequence": lambda size: Field((3, len(_SHAPES) + 3), mirrored="untrue"),
+    "sequence_mask": lambda size: Field((3,), "uint8"),
+}
+
+
+def shapes(split: str = "train", *, size: int = 32, count: int = 4096, seed: int = 0, fields: Sequence[str] = (),
+           cache: bool = True) -> Source:
     """Drawn pictures, size x size x 3: one bright shape of ten kinds, anywhere, of any colour, on a dark ground.
 
-    Example i shows shape i mod 10; its place, size and colours come from (seed, split, i) alone. count: examples in the split.
+    Example i shows shape i mod 10; its place, size and colours come from (seed, split, i) alone.
+
+    Args:
+      count: examples in the split.
+      fields: what each example also has. With its class, "vector" is everything that the picture was drawn from.
+        "vector": x, y (downwards), radius in units of half the picture, then the shape's and the ground's red, green and blue,
+          all in [-1, 1]: float32 [9].
+        "map": uint8 [size, size], 0 for the ground and 1 + kind where the shape covers half of a pixel or more.
+        "sequence": three tokens, the kind, the shape's colour and (x, y, radius), each one-hot in its last three numbers and with
+          what it says before them: float32 [3, 13]. "sequence_mask", uint8 [3]: each is there in three examples of four.
     """
     _check_split(split)
     if size < 8 or count < 1:
         raise UserError(f"shapes need size >= 8 and count >= 1, got size {size}, count {count}")
     kinds = list(_SHAPES.values())
+    kept = {name: lookup(_SHAPE_FIELDS, name, "field of shapes")(size) for name in fields}
     axis = (np.arange(size) + 0.5) / size * 2 - 1
 
-    def draw(i: int) -> np.ndarray:
+    def draw(i: int) -> dict:
         rng = np.random.default_rng((seed, SPLITS.index(split), i))
         radius = rng.uniform(0.35, 0.6)
         x, y = rng.uniform(-0.9 + radius, 0.9 - radius, 2)
         ground, colour = rng.uniform(0, 90, 3), rng.uniform(60, 255, 3)
         colour[rng.integers(3)] = 255  # one channel full, so that the shape stands out from any ground
-        inside = kinds[i % len(kinds)]((axis[None, :] - x) / radius, (axis[:, None] - y) / radius)
+        kind = i % len(kinds)
+        inside = kinds[kind]((axis[None, :] - x) / radius, (axis[:, None] - y) / radius)
         cover = np.clip(0.5 + inside * radius * size / 2, 0, 1)[..., None]  # the edge is one pixel wide
-        return np.rint(ground + cover * (colour - ground)).astype(np.uint8)
+        place, rgb = np.array([x, y, radius]), colour / 127.5 - 1
+        tokens = np.zeros((3, len(kinds) + 3))
+        tokens[0, kind], tokens[1, :3], tokens[2, :3], tokens[:, -3:] = 1, rgb, place, np.eye(3)
+        return {"image": np.rint(ground + cover * (colour - ground)).astype(np.uint8), "class": kind,
+                "vector": np.concatenate([place, rgb, ground / 127.5 - 1]), "map": np.where(cover[..., 0] >= 0.5, 1 + kind, 0),
+                "sequence": tokens, "sequence_mask": rng.random(3) < 0.75}
 
     def read(ids):
-        return {"image": np.stack([draw(int(i)) for i in ids]), "class": np.asarray(ids, np.int32) % len(kinds)}
+        drawn = [draw(int(i)) for i in ids]
+        dtypes = {"image": "uint8", "class": "int32", **{name: field.dtype for name, field in kept.items()}}
+        return {name: np.stack([example[name] for example in drawn]).astype(dtype) for name, dtype in dtypes.items()}
 
-    source = Source("shapes", (size, size, 3), len(kinds), tuple(_SHAPES), count, read)
+    source = Source("shapes", (size, size, 3), len(kinds), tuple(_SHAPES), count, read, kept)
     return cached(source) if cache else source
 
 

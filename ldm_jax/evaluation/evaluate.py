@@ -1,12 +1,19 @@
 """The measurements of one finished run, as a dict of numbers and as a table."""
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-from ldm_jax.evaluation.metrics import accuracy, fit_classifier, nearest_distance, psnr
+from ldm_jax.evaluation.jpeg import within
+from ldm_jax.evaluation.metrics import accuracy, fit_classifier, nearest_distance, psnr, ssim
 from ldm_jax.evaluation.pictures import to_uint8
 
 Images = Mapping[str, np.ndarray]
+
+RATE = {  # the names, in tables and files, of what is measured of a first stage
+    "values": "values kept of a picture", "of": "values that a picture has", "bytes": "bytes kept",
+    "psnr": "mean PSNR of reconstructed test images (dB)", "ssim": "mean SSIM of the same", "jpeg_bytes": "bytes that JPEG takes",
+    "jpeg_psnr": "mean PSNR of JPEG (dB)", "jpeg_ssim": "mean SSIM of JPEG",
+}
 
 
 def evaluate_samples(sample: Callable[[np.ndarray], np.ndarray], train: Images, test: Images, *, samples: int) -> Dict[str, float]:
@@ -31,9 +38,29 @@ def evaluate_samples(sample: Callable[[np.ndarray], np.ndarray], train: Images, 
     }
 
 
-def evaluate_reconstruction(reconstruct: Callable[[np.ndarray], np.ndarray], test: Images) -> Dict[str, float]:
-    """What a first stage keeps of real pictures. reconstruct: uint8 images -> [0, 1]."""
-    return {"mean PSNR of reconstructed test images (dB)": float(np.mean(psnr(to_uint8(reconstruct(test["image"])), test["image"])))}
+def evaluate_reconstruction(again: np.ndarray, images: np.ndarray, *, kept: Tuple[int, float],
+                            codes: Optional[np.ndarray] = None) -> Dict[str, float]:
+    """What a first stage keeps of real pictures, beside JPEG at as many bytes (its headers and tables not counted).
+
+    Args:
+      again: the pictures `images`, uint8 [N, H, W, C], as they come back, in [0, 1].
+      kept: how many values it keeps of a picture, and of how many bits each.
+      codes: the codes of each picture, where these are what it keeps.
+    """
+    count, bits = kept
+    again, size = to_uint8(again), count * bits / 8
+    used, jpeg = within(images, size)
+    measured = {
+        "values": count, "of": int(np.prod(images.shape[1:])), "bytes": size,
+        "psnr": float(np.mean(psnr(again, images))), "ssim": float(np.mean(ssim(again, images))),
+        "jpeg_bytes": used, "jpeg_psnr": float(np.mean(psnr(jpeg, images))), "jpeg_ssim": float(np.mean(ssim(jpeg, images))),
+    }
+    values = {name: measured[short] for short, name in RATE.items()}
+    if codes is not None:
+        counts = np.bincount(codes.ravel())
+        p = counts[counts > 0] / codes.size
+        values.update({"codes in use": len(p), "their perplexity": float(np.exp(-np.sum(p * np.log(p))))})
+    return values
 
 
 def table(values: Mapping[str, Any]) -> str:

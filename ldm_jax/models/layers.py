@@ -1,10 +1,10 @@
-"""Pieces that several networks share: norms, time embedding, attention, resampling, the residual block.
+"""Pieces that several networks share: norms, time embedding, attention, resampling, the residual block, rematerialisation.
 
 Activations are [B, H, W, C] or [B, S, C] in the network's compute dtype; parameters are float32; norms and softmax are computed
 in float32. Submodules carry explicit names, which are the names of the parameter tree.
 """
 import math
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import flax.linen as nn
 import jax
@@ -21,18 +21,26 @@ def compute_dtype(name: str) -> Any:
     return lookup(DTYPES, name, "dtype")
 
 
-def timestep_embedding(time: Array, dim: int, order: str = "cos_sin", max_period: float = 10000.0) -> Array:
-    """[B] -> float32 [B, dim]: sines and cosines of time * max_period^(-i / n), i = 0..dim/2 - 1.
+# by the names that published configs use; gelu is the exact one
+ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "mish": jax.nn.mish, "gelu": lambda x: nn.gelu(x, approximate=False),
+               "relu": nn.relu}
 
-    order: "cos_sin" puts the cosines first and has n = dim/2 (ADM, LDM, DiT); "sin_cos" puts the sines first and has
-    n = dim/2 - 1 (Ho et al. 2020, after Vaswani et al. 2017). `time` is in the network's unit, usually 0..1000.
+
+def timestep_embedding(time: Array, dim: int, order: str = "cos_sin", max_period: float = 10000.0,
+                       shift: Optional[float] = None) -> Array:
+    """[B] -> float32 [B, dim]: sines and cosines of time * max_period^(-i / n), i = 0..dim/2 - 1, n = dim/2 - shift.
+
+    order: "cos_sin" puts the cosines first and has shift 0 (ADM, LDM, DiT); "sin_cos" puts the sines first and has shift 1 (Ho et
+    al. 2020, after Vaswani et al. 2017); `shift` is another. An odd `dim` has a zero at its end. `time` is in the network's unit,
+    usually 0..1000.
     """
     half = dim // 2
-    n = half if order == "cos_sin" else half - 1
+    n = half - ((0 if order == "cos_sin" else 1) if shift is None else shift)
     freqs = jnp.exp(-math.log(max_period) / n * jnp.arange(half, dtype=jnp.float32))
     angles = time.astype(jnp.float32)[:, None] * freqs[None]
     parts = [jnp.cos(angles), jnp.sin(angles)]
-    return jnp.concatenate(parts if order == "cos_sin" else parts[::-1], -1)
+    odd = [jnp.zeros((len(time), 1))] * (dim % 2)
+    return jnp.concatenate((parts if order == "cos_sin" else parts[::-1]) + odd, -1)
 
 
 def num_groups(channels: int, groups: Optional[int] = None) -> int:
@@ -118,22 +126,71 @@ def _einsum_attention(q, k, v, mask):
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, -1).astype(v.dtype), v)
 
 
-# einsum is the fastest of the three on CPU, cudnn (bfloat16 only, head width a multiple of 8) on NVIDIA
+def choose_attention(backend: str, dtype: Any, head_width: int, masked: Optional[Tuple[int, int]] = None) -> str:
+    """The fastest row of ATTENTION that can do it: "cudnn" on "cuda" where the kernel allows it, "xla" on "tpu", else "einsum".
+
+    The fused kernel of cuDNN takes 16-bit numbers and a head width that is a multiple of 8 and at most 128. With a mask it has a
+    gradient for even lengths only; `masked` is (T, S) of an attention with a mask, None of one without. It never has a
+    forward-mode derivative: what takes one through the network (jax.jvp, jax.linearize) needs attention_impl="einsum" there.
+    """
+    if backend == "tpu":
+        return "xla"
+    fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_width % 8 == 0 and head_width <= 128
+    even = masked is None or not any(length % 2 for length in masked)
+    return "cudnn" if backend == "cuda" and fits and even else "einsum"
+
+
+def attention_backend() -> str:
+    """JAX's name of the default backend, but "cuda" for a GPU that has the fused kernel: NVIDIA, compute capability 8 or more."""
+    device, backend = jax.local_devices()[0], jax.default_backend()
+    cuda = backend == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    return "cuda" if cuda else backend
+
+
+def _auto_attention(q, k, v, mask):
+    masked = None if mask is None else (q.shape[1], k.shape[1])
+    return ATTENTION[choose_attention(attention_backend(), q.dtype, q.shape[-1], masked)](q, k, v, mask)
+
+
+# the same numbers to rounding; "auto" looks at the backend when the network is traced
 ATTENTION = {
+    "auto": _auto_attention,
     "einsum": _einsum_attention,
     "xla": lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla"),
     "cudnn": lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"),
 }
 
 
-def attention(q: Array, k: Array, v: Array, mask: Optional[Array] = None, impl: str = "einsum") -> Array:
+def attention(q: Array, k: Array, v: Array, mask: Optional[Array] = None, impl: str = "auto") -> Array:
     """softmax(q k^T / sqrt(D)) v, softmax in float32. q [B, T, H, D], k and v [B, S, H, D] -> [B, T, H, D].
 
-    mask: bool, broadcastable to [B, H, T, S]; keys where it is False are not seen.
+    mask: bool, four axes that broadcast to [B, H, T, S]; keys where it is False are not seen, and a query that sees none gets 0.
+    impl: a row of ATTENTION.
     """
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
-    return ATTENTION[impl](q, k, v, mask)
+    if mask is None:
+        return ATTENTION[impl](q, k, v, None)
+    seen = jnp.any(mask, -1, keepdims=True).swapaxes(1, 2)
+    mask = jnp.broadcast_to(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    return jnp.where(seen, ATTENTION[impl](q, k, v, mask), 0)
+
+
+def _products(prim, *args, **params) -> bool:
+    convolution = prim.name == "conv_general_dilated"
+    return convolution or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
+
+
+# what of a block's inside is kept for the backward pass: all of it, nothing, or what the matrix products and convolutions give
+REMAT = {"none": None, "full": jax.checkpoint_policies.nothing_saveable, "dots": _products}
+
+
+def rematerialised(block: Any, remat: str, train: Optional[int] = None, prevent_cse: bool = True) -> Any:
+    """The class of modules `block`, each call of which keeps what REMAT[remat] says and recomputes the rest in the backward pass.
+
+    train: the position of the flag `train` among the arguments of the call, counted from 1. prevent_cse: False inside a scan.
+    """
+    if remat == "none":
+        return block
+    return nn.remat(block, policy=REMAT[remat], static_argnums=() if train is None else (train,), prevent_cse=prevent_cse)
 
 
 def heads_of(channels: int, num_heads: int, head_width: Optional[int]) -> int:
@@ -171,12 +228,40 @@ def downsample(x: Array) -> Array:
     return jnp.mean(x.reshape(B, H // 2, 2, W // 2, 2, C), (2, 4))
 
 
+def fir_downsample(x: Array) -> Array:
+    """Every second pixel of the image smoothed by (1, 3, 3, 1) / 8 along both sides, zero outside (Karras et al. 2020)."""
+    for axis in (1, 2):
+        pad = [(0, 0)] * 4
+        pad[axis] = (1, 1)
+        a = jnp.moveaxis(jnp.pad(x, pad), axis, 0)
+        n = x.shape[axis] // 2
+        taps = [a[k:k + 2 * n - 1:2] for k in range(4)]
+        x = jnp.moveaxis((taps[0] + 3 * taps[1] + 3 * taps[2] + taps[3]) / 8, 0, axis)
+    return x
+
+
+def fir_upsample(x: Array) -> Array:
+    """The image with zeros between its pixels smoothed by (1, 3, 3, 1) / 4 along both sides; see `fir_downsample`."""
+    for axis in (1, 2):
+        pad = [(0, 0)] * 4
+        pad[axis] = (1, 1)
+        a, n = jnp.moveaxis(jnp.pad(x, pad), axis, 0), x.shape[axis]
+        before, here, after = a[:n], a[1:n + 1], a[2:]
+        pairs = jnp.stack([(before + 3 * here) / 4, (3 * here + after) / 4], 1)
+        x = jnp.moveaxis(pairs.reshape(2 * n, *pairs.shape[2:]), 0, axis)
+    return x
+
+
+RESAMPLE = {None: lambda a: a, "up": upsample, "down": downsample, "fir_up": fir_upsample, "fir_down": fir_downsample}
+
+
 class ResBlock(nn.Module):
     """norm, silu, conv, (embedding), norm, silu, dropout, conv (zero at first), plus the input, through 1x1 where widths differ.
 
     The embedding, silu(emb) [B, E], is added after the first convolution (Ho et al. 2020) or, with `scale_shift`, scales and
-    shifts the second norm (Dhariwal & Nichol 2021). `resample` "up" or "down" changes both branches' size before the first
-    convolution, as BigGAN's blocks do. emb None is a block without embedding (autoencoders).
+    shifts the second norm (Dhariwal & Nichol 2021). `resample`, a row of RESAMPLE, changes both branches' size before the first
+    convolution, as BigGAN's blocks do. emb None is a block without embedding (autoencoders). `act` replaces silu, `groups_out`
+    are the second norm's, `scale` divides the sum, and `project` puts the 1x1 also where widths are equal (Song et al. 2021).
     """
     features: int
     dropout: float = 0.0
@@ -186,12 +271,16 @@ class ResBlock(nn.Module):
     groups: Optional[int] = None
     zero_out: bool = True
     dtype: Any = jnp.float32
+    act: str = "silu"
+    groups_out: Optional[int] = None
+    scale: float = 1.0
+    project: bool = False
 
     @nn.compact
     def __call__(self, x: Array, emb: Optional[Array] = None, train: bool = False) -> Array:
-        norm = lambda name: GroupNorm(self.eps, self.groups, self.dtype, name=name)
-        resize = {None: lambda a: a, "up": upsample, "down": downsample}[self.resample]
-        h = resize(nn.silu(norm("norm_1")(x)))
+        norm = lambda name, groups: GroupNorm(self.eps, groups, self.dtype, name=name)
+        resize, act = RESAMPLE[self.resample], ACTIVATIONS[self.act]
+        h = resize(act(norm("norm_1", self.groups)(x)))
         h = conv(self.features, "conv_1", self.dtype)(h)
         modulation = None
         if emb is not None:
@@ -200,28 +289,63 @@ class ResBlock(nn.Module):
                 modulation = jnp.split(e, 2, -1)
             else:
                 h = h + e[:, None, None]
-        h = nn.silu(norm("norm_2")(h, modulation))
+        h = act(norm("norm_2", self.groups_out or self.groups)(h, modulation))
         h = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(h)
         h = conv(self.features, "conv_2", self.dtype, init=zeros if self.zero_out else fan_avg)(h)
         x = resize(x)
-        if x.shape[-1] != self.features:
+        if x.shape[-1] != self.features or self.project:
             x = dense(self.features, "skip", self.dtype)(x)
-        return x + h
+        return divided(x + h, self.scale)
+
+
+def divided(x: Array, scale: float) -> Array:
+    """x / scale."""
+    return x if scale == 1 else x / scale
 
 
 class AttentionBlock(nn.Module):
-    """x + out(attention(q, k, v)) of the normalised image over all its positions (Ho et al. 2020), in one or more heads."""
+    """x + out(attention(q, k, v)) of the normalised image over all its positions (Ho et al. 2020), in one or more heads.
+
+    groups 0 is no norm; `inner` is the width of all heads together, by default that of x; `scale` divides the sum.
+    """
     num_heads: int = 1
     eps: float = 1e-5
     groups: Optional[int] = None
-    impl: str = "einsum"
+    impl: str = "auto"
     zero_out: bool = True
     dtype: Any = jnp.float32
+    inner: Optional[int] = None
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         B, H, W, C = x.shape
-        h = GroupNorm(self.eps, self.groups, self.dtype, name="norm")(x).reshape(B, H * W, C)
-        q, k, v = (dense(C, n, self.dtype)(h).reshape(B, H * W, self.num_heads, -1) for n in ("q", "k", "v"))
-        h = attention(q, k, v, impl=self.impl).reshape(B, H, W, C)
-        return x + dense(C, "out", self.dtype, init=zeros if self.zero_out else fan_avg)(h)
+        h = x if self.groups == 0 else GroupNorm(self.eps, self.groups, self.dtype, name="norm")(x)
+        h, inner = h.reshape(B, H * W, C), self.inner or C
+        q, k, v = (dense(inner, n, self.dtype)(h).reshape(B, H * W, self.num_heads, -1) for n in ("q", "k", "v"))
+        h = attention(q, k, v, impl=self.impl).reshape(B, H, W, inner)
+        return divided(x + dense(C, "out", self.dtype, init=zeros if self.zero_out else fan_avg)(h), self.scale)
+
+
+class CrossAttention(nn.Module):
+    """out(attention(q(x), k(context), v(context))): x [B, T, C], context [B, S, D], which is x itself where it is None.
+
+    `use_bias` is that of q, k and v; `zero_out` starts the output at zero; `upcast` attends in float32. mask: see `attention`.
+    """
+    num_heads: int
+    impl: str = "auto"
+    use_bias: bool = False
+    zero_out: bool = False
+    dtype: Any = jnp.float32
+    upcast: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, context: Optional[Array] = None, mask: Optional[Array] = None) -> Array:
+        C = x.shape[-1]
+        context = x if context is None else context.astype(x.dtype)
+        heads = lambda name, a: dense(C, name, self.dtype, self.use_bias)(a).reshape(*a.shape[:2], self.num_heads, -1)
+        q, k, v = heads("q", x), heads("k", context), heads("v", context)
+        if self.upcast:
+            q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+        h = attention(q, k, v, mask, self.impl).astype(self.dtype)
+        return dense(C, "out", self.dtype, init=zeros if self.zero_out else fan_avg)(h.reshape(x.shape))

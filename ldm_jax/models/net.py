@@ -20,9 +20,14 @@ class Net:
       time_scale: what t in [0, 1] is multiplied by for the module; not used with `timesteps`.
       timesteps: T of a discrete process: the module is given k = round(t T) - 1 in 0..T-1.
       num_classes: takes cond["class"], ids [B] in 0..num_classes; the id num_classes is the null class.
+      class_kind: "null" as above; "plain" for ids in 0..num_classes - 1, without a null class; "number" for any numbers [B], such
+        as a level of noise, whatever num_classes says. The latter two must always be given.
       context_dim: takes cond["context"] [B, S, context_dim], and optionally cond["context_mask"], bool [B, S].
       vector_dim: takes cond["vector"] [B, vector_dim].
-      concat_channels: takes cond["concat"] [B, H, W, concat_channels].
+      concat_channels: takes cond["concat"] [B, H, W, concat_channels], or an x_t that has these channels behind its own.
+      time_ids_dim: may instead take its vector in two pieces, cond["vector"] [B, T] and numbers cond["time_ids"] [B, n], whose
+        embeddings of time_ids_dim channels each follow it: T + n time_ids_dim = vector_dim.
+      time_cond_dim: may take cond["time_cond"] [B, time_cond_dim], added to the embedding of the time.
       dropout: whether the module has any dropout.
     """
     module: Any
@@ -35,6 +40,9 @@ class Net:
     vector_dim: Optional[int] = None
     concat_channels: Optional[int] = None
     dropout: bool = False
+    class_kind: str = "null"
+    time_ids_dim: Optional[int] = None
+    time_cond_dim: Optional[int] = None
 
     def init(self, key: Array) -> PyTree:
         """Fresh parameters: a plain nested dict of float32 arrays."""
@@ -55,6 +63,9 @@ class Net:
         """
         if train and self.dropout and "dropout" not in (rngs or {}):
             raise UserError('train=True on a network with dropout needs rngs={"dropout": key}')
+        C = self.image_shape[-1]
+        if self.concat_channels and x_t.shape[-1] == C + self.concat_channels and (cond is None or isinstance(cond, Mapping)):
+            cond, x_t = {"concat": x_t[..., C:], **(cond or {})}, x_t[..., :C]
         cond = self.conditions(cond, x_t.shape[0])
         out = self.module.apply({"params": params}, x_t, self.module_time(t), cond, train, rngs=rngs)
         return out.astype(jnp.float32)
@@ -67,11 +78,14 @@ class Net:
     def conditions(self, cond: Any, batch: int) -> Cond:
         """`cond` as a mapping that has every condition the module takes."""
         cond = {} if cond is None else dict(cond) if isinstance(cond, Mapping) else {"class": jnp.asarray(cond)}
-        takes = {name for name, size in (("class", self.num_classes), ("context", self.context_dim), ("vector", self.vector_dim),
+        classes = self.num_classes or self.class_kind == "number"
+        takes = {name for name, size in (("class", classes), ("context", self.context_dim), ("vector", self.vector_dim),
                                          ("concat", self.concat_channels)) if size}
-        if "class" in takes and cond.get("class") is None:
+        if "class" in takes and cond.get("class") is None and self.class_kind == "null":
             cond["class"] = jnp.full((batch,), self.num_classes, jnp.int32)
-        extra = set(cond) - takes - ({"context_mask"} if "context" in takes else set())
+        may = {name for name, size in (("context_mask", self.context_dim), ("time_ids", self.time_ids_dim),
+                                       ("time_cond", self.time_cond_dim)) if size}
+        extra = set(cond) - takes - may
         if extra or takes - set(cond):
             raise UserError(f"this network takes the conditions {sorted(takes)} and was given {sorted(cond)}; give it exactly "
                             f"those, or build it for the others (num_classes, context_dim, vector_dim, concat_channels)")
@@ -82,7 +96,7 @@ class Net:
 def _init(net: Net, key: Array) -> PyTree:
     spec = jax.ShapeDtypeStruct
     cond = {}
-    if net.num_classes:
+    if net.num_classes or net.class_kind == "number":
         cond["class"] = spec((1,), jnp.int32)
     if net.context_dim:
         cond["context"] = spec((1, 1, net.context_dim), jnp.float32)
@@ -90,5 +104,7 @@ def _init(net: Net, key: Array) -> PyTree:
         cond["vector"] = spec((1, net.vector_dim), jnp.float32)
     if net.concat_channels:
         cond["concat"] = spec((1, *net.image_shape[:2], net.concat_channels), jnp.float32)
+    if net.time_cond_dim:
+        cond["time_cond"] = spec((1, net.time_cond_dim), jnp.float32)
     x_t, time = spec((1, *net.image_shape), jnp.float32), spec((1,), jnp.float32)
     return initialise(net.module, key, x_t, time, cond)

@@ -1,4 +1,5 @@
 """The mathematics between network and picture, as pure functions: depends on jax alone."""
+from ldm_jax.process.adversarial import ADVERSARIAL
 from ldm_jax.process.distillation import DISTILLATIONS, dds_gradient, sds_gradient, surrogate_loss, vsd_gradient
 from ldm_jax.process.editing import encode, inpaint, sdedit, slerp, translate
 from ldm_jax.process.few_step import FEW_STEP
@@ -10,7 +11,7 @@ from ldm_jax.process.parameterizations import PARAMETERIZATIONS, convert, denois
 from ldm_jax.process.samplers import SAMPLERS, Sampler, prior, sample
 from ldm_jax.process.schedules import SCHEDULES, Schedule
 
-__all__ = ["DISTILLATIONS", "FEW_STEP", "GRIDS", "GUIDANCE", "PARAMETERIZATIONS", "SAMPLERS", "SCHEDULES", "TIMES", "WEIGHTS",
-           "Sampler", "Schedule", "bits_per_dim", "convert", "dds_gradient", "denoiser", "dequantize", "diffusion_loss",
+__all__ = ["ADVERSARIAL", "DISTILLATIONS", "FEW_STEP", "GRIDS", "GUIDANCE", "PARAMETERIZATIONS", "SAMPLERS", "SCHEDULES", "TIMES",
+           "WEIGHTS", "Sampler", "Schedule", "bits_per_dim", "convert", "dds_gradient", "denoiser", "dequantize", "diffusion_loss",
            "encode", "inpaint", "ode_logp", "prior", "sample", "sdedit", "sds_gradient", "slerp", "surrogate_loss",
            "translate", "vlb_bpd", "vlb_limit_bpd", "vsd_gradient"]

@@ -1,4 +1,4 @@
-"""What a system is, and the plainest one: class-conditional or unconditional diffusion in whatever space a codec gives.
+"""What a system is, and the plainest one: diffusion in whatever space a codec gives, under any conditions or none.
 
 A system wires nets and process into the functions that the trainer and the user call. It has no loop and no maths of its own.
 """
@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax import process
-from ldm_jax.types import Array, Cond, PyTree, example_keys, expand, fold_in, to_signed, uniform
+from ldm_jax.systems import conditions
+from ldm_jax.systems.conditions import Conditioner
+from ldm_jax.types import Array, Cond, PyTree, example_keys, expand, fold_in, to_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,58 +24,73 @@ class System:
       init: key -> parameters.
       loss_fn: (params, batch, key) -> (per-example loss [B], metrics).
       image_shape: (H, W, C) of the pictures.
-      num_classes: the classes that it can be asked for; None for an unconditional system.
+      conditioners: name -> what it can be asked for; {} for an unconditional system.
+      num_classes: the classes that it can be asked for, None where there are none.
       sample: (params, x, keys, cond, options) -> pictures [B, H, W, C] in [-1, 1], see `diffusion`; None where it makes none.
       sample_shape: one example's starting noise.
-      reconstruct: (params, images [-1, 1], key) -> images, where the system is a first stage.
+      reconstruct: (params, images [-1, 1]) -> images, where the system is a first stage.
+      classify: (params, x_t, t) -> logits [B, num_classes] of p(y | x_t), where the system is a classifier of noisy images.
+      codes: (params, images) -> the codes [B, h, w] that it keeps, where it has a codebook.
+      refresh: (params, notes) -> the entries of params that change without a gradient after a step (a counter, a codebook's dead
+        entries), notes being what loss_fn left in metrics["notes"].
+      read: () -> the entries of params that come from files, read once when a run begins.
+      kept: (values, bits) that a first stage keeps of a picture: how many, and of how many bits each.
     """
     nets: Mapping[str, Any]
     trained: Tuple[str, ...]
     init: Callable[[Array], Mapping[str, PyTree]]
     loss_fn: Callable
     image_shape: Tuple[int, int, int]
+    conditioners: Mapping[str, Conditioner] = dataclasses.field(default_factory=dict)
     num_classes: Optional[int] = None
     sample: Optional[Callable] = None
     sample_shape: Optional[Tuple[int, ...]] = None
     reconstruct: Optional[Callable] = None
+    classify: Optional[Callable] = None
+    refresh: Optional[Callable] = None
+    read: Optional[Callable] = None
+    kept: Optional[Tuple[int, float]] = None
+    codes: Optional[Callable] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """Pictures to the space that is diffused and back: encode(params, image, key) -> x0, decode(params, x0) -> image."""
-    encode: Callable[[PyTree, Array, Array], Array] = lambda params, image, key: image
+    """Pictures to the space that is diffused and back: encode(params, batch, key) -> x0, decode(params, x0) -> image."""
+    encode: Callable[[PyTree, Mapping[str, Array], Array], Array] = lambda params, batch, key: to_signed(batch["image"])
     decode: Callable[[PyTree, Array], Array] = lambda params, x0: x0
 
 
-def drop_class(key: Array, labels: Array, rate: float, null: int) -> Array:
-    """Labels, each replaced by the null class with probability `rate` (Ho & Salimans 2022, algorithm 1)."""
-    return jnp.where(uniform(key, labels.shape[0]) <= rate, null, labels)
+_CONDITION = 2**31 - 1  # folded into a sampling key for the conditions' noise; a step's own is folded with its index
 
 
 def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Schedule, parameterization: str, times: Any = "uniform",
-              weight: Any = "simple", num_classes: Optional[int] = None, class_dropout: float = 0.1, learned_variance: bool = False,
+              weight: Any = "simple", conditioners: Mapping[str, Conditioner] = {}, learned_variance: bool = False,
               codec: Codec = Codec(), sample_shape: Optional[Tuple[int, ...]] = None, others: Mapping[str, Any] = {}) -> System:
-    """Diffusion of x0 = codec.encode(image) by one net, named "net". With parameterization "edm" the net is preconditioned.
+    """Diffusion of x0 = codec.encode(batch) by one net, named "net". With parameterization "edm" the net is preconditioned.
 
     Args:
-      net: the denoising network; its null class, for dropped labels and for guidance, is `num_classes`.
+      net: the denoising network, built with `conditioners.needs(conditioners)`.
       times, weight: rows of TIMES and WEIGHTS, or functions.
-      class_dropout: how often a label is dropped in training, which is what classifier-free guidance needs.
+      conditioners: name -> conditioner; they reach the net in the order of their names.
       learned_variance: the net has twice the channels, and learns the variance by the hybrid loss.
       sample_shape: the shape of one x0; the image's without a codec.
       others: nets that the codec uses, name -> net; their parameters are held fixed.
+
+    Raises:
+      UserError: for a parameterization that the schedule rules out, or a net that was built for other conditions.
     """
     process.parameterizations.check_parameterization(parameterization, schedule)
+    conditioners = dict(sorted(conditioners.items()))
+    conditions.check_net(net, conditioners)
 
     def init(key):
         return {name: n.init(fold_in(key, i)) for i, (name, n) in enumerate({"net": net, **others}.items())}
 
     def loss_fn(params, batch, key):
-        image = to_signed(batch["image"])
-        keys = example_keys(key, image.shape[0])
-        k_code, k_drop, k_process, k_net = (fold_in(keys, i) for i in range(4))
-        cond = None if num_classes is None else {"class": drop_class(k_drop, batch["class"], class_dropout, num_classes)}
-        x0 = codec.encode(params, image, k_code)
+        keys = example_keys(key, len(jax.tree.leaves(batch)[0]))
+        k_code, k_cond, k_process, k_net = (fold_in(keys, i) for i in range(4))
+        cond = conditions.of_batch(conditioners, params, batch, k_cond, codec)
+        x0 = codec.encode(params, batch, k_code)
 
         predict = prediction(lambda x_t, t: net.apply(params["net"], x_t, t, cond, True, {"dropout": k_net[0]}))
         loss, metrics = process.diffusion_loss(predict, schedule, parameterization, x0, k_process, times=times, weight=weight,
@@ -87,25 +104,33 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
         predict = prediction(lambda x_t, t: net.apply(params["net"], x_t, t, cond))
         return process.denoiser(predict, schedule, parameterization, learned_variance=learned_variance)
 
-    def sample(params, x: Array, keys: Array, cond: Cond, *, sampler: process.Sampler, steps, capacity: int, grid="uniform",
-               guidance=None, trajectory: bool = False):
-        """Pictures from the starting noise x [B, ...]. guidance None: no guidance is computed; otherwise a number or [B]."""
-        predict = denoise(params, cond)
-        if guidance is not None and num_classes is not None:
-            null = {"class": jnp.full_like(cond["class"], num_classes)}
-            double = denoise(params, jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null))
+    def sample(params, x: Array, keys: Array, cond: Optional[Mapping[str, PyTree]], *, sampler: process.Sampler, steps,
+               capacity: int, grid="uniform", guidance=None, log_prob=None, log_prob_scale=1.0, trajectory: bool = False):
+        """Pictures from the starting noise x [B, ...] and keys [B].
+
+        cond: conditioner's name -> value; those left out are null. guidance: None, for which none is computed, or a number or [B].
+        log_prob: (x_t, t) -> log p(y | x_t) [B] of a classifier, whose gradient takes part with log_prob_scale, a number or [B].
+        """
+        given, without = conditions.of_values(conditioners, params, cond or {}, fold_in(keys, _CONDITION), codec)
+        predict = denoise(params, given)
+        if guidance is not None and any(c.drop for c in conditioners.values()):
+            double = denoise(params, jax.tree.map(lambda c, u: jnp.concatenate([c, u]), given, without))
 
             def both(x_t, t):
                 answer = double(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
                 return tuple(jax.tree.map(lambda a: a[half * len(x_t):][:len(x_t)], answer) for half in (0, 1))
 
             predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(both), guidance)
+        if log_prob is not None:
+            predict = process.GUIDANCE["classifier"](predict, log_prob, log_prob_scale, schedule)
         x = expand(schedule.sigma(jnp.float32(1.0)), x) * x
-        out = process.sample(predict, schedule, x, keys, sampler=sampler, steps=steps, grid=grid, capacity=capacity, trajectory=trajectory)
+        out = process.sample(predict, schedule, x, keys, sampler=sampler, steps=steps, grid=grid, capacity=capacity,
+                             trajectory=trajectory)
         if not trajectory:
             return codec.decode(params, out)
         end, visited = out
         return codec.decode(params, end), jax.lax.map(lambda x_t: codec.decode(params, x_t), visited["x"])
 
     return System(nets={"net": net, **others}, trained=("net",), init=init, loss_fn=loss_fn, image_shape=image_shape,
-                  num_classes=num_classes, sample=sample, sample_shape=tuple(sample_shape or image_shape))
+                  conditioners=conditioners, num_classes=conditions.needs(conditioners).get("num_classes"), sample=sample,
+                  sample_shape=tuple(sample_shape or image_shape))

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.systems.autoencoding import posterior_sample
 from ldm_jax.systems.base import Codec, System, diffusion
-from ldm_jax.types import Array, PyTree, to_signed
+from ldm_jax.types import Array, PyTree, UserError, to_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +24,31 @@ class Statistics:
 
 
 def latent(net: Any, autoencoder: Any, *, image_shape, **options) -> System:
-    """Diffusion in the latents of `autoencoder`; options as for `systems.base.diffusion`."""
-    def encode(params, image, key):
-        z = posterior_sample(autoencoder, params["autoencoder"], image, key)
+    """Diffusion in the latents of `autoencoder`; options as for `systems.base.diffusion`.
+
+    A batch with "mean", and "logvar" where the latents have a spread, [B, h, w, c], has been encoded already; another one's
+    "image" is.
+
+    Raises:
+      UserError: for a net of another size or number of channels, and as `systems.base.diffusion` does.
+    """
+    def encode(params, batch, key):
+        if "mean" not in batch:
+            z = autoencoder.draw(*autoencoder.posterior(params["autoencoder"], to_signed(batch["image"])), key)
+        elif "logvar" in batch:
+            z = autoencoder.draw(batch["mean"].astype(jnp.float32), batch["logvar"].astype(jnp.float32), key)
+        else:
+            z = batch["mean"].astype(jnp.float32)
         return (z - _row(params["latent"]["shift"])) / _row(params["latent"]["scale"])
 
     def decode(params, x0):
         z = x0 * _row(params["latent"]["scale"]) + _row(params["latent"]["shift"])
         return autoencoder.decode(params["autoencoder"], z)
 
+    wanted = getattr(net, "image_shape", autoencoder.latent_shape)
+    if tuple(wanted) != tuple(autoencoder.latent_shape):
+        raise UserError(f"the net was built for x_t of shape {tuple(wanted)}, the autoencoder's latents are "
+                        f"{tuple(autoencoder.latent_shape)}; make them equal")
     others = {"autoencoder": autoencoder, "latent": Statistics(autoencoder.latent_shape[-1])}
     return diffusion(net, image_shape=image_shape, codec=Codec(encode, decode), sample_shape=autoencoder.latent_shape,
                      others=others, **options)
@@ -47,7 +62,7 @@ def measure(autoencoder: Any, params: PyTree, batches: Iterable[Array], key: Arr
     """The mean and standard deviation of each latent channel, {"shift": [C], "scale": [C]}, over batches of uint8 images."""
     @jax.jit
     def moments(params, image, key):
-        z = posterior_sample(autoencoder, params, to_signed(image), key)
+        z = autoencoder.draw(*autoencoder.posterior(params, to_signed(image)), key)
         return jnp.mean(z, (0, 1, 2)), jnp.mean(z**2, (0, 1, 2))
 
     sums = [moments(params, image, jax.random.fold_in(key, i)) for i, image in enumerate(batches)]

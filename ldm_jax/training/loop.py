@@ -1,5 +1,6 @@
 """The training loop, the one for every system: a loss function, an optimiser and batches in, a trained state out."""
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -31,45 +32,61 @@ def ema_rate(decay: float, step: Array) -> Array:
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
 
-def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: float, accumulate: int = 1) -> Callable:
+def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: float, accumulate: int = 1,
+               refresh: Optional[Callable] = None) -> Callable:
     """(state, batch, key) -> (state, metrics): one update.
 
     The gradient is that of the mean of the per-example losses, taken in `accumulate` parts whose noise is the same as in one
-    part. A step whose loss or gradient is not finite leaves parameters, average and optimiser as they were, and says so in
-    metrics["finite"].
-    """
-    def mean_loss(params, fixed, batch, keys):
-        loss, metrics = loss_fn({**fixed, **params}, batch, keys)
-        return jnp.mean(loss), jax.tree.map(jnp.mean, dict(metrics))
+    part. A step whose loss or gradient is not finite leaves the state as it was, and says so in metrics["finite"].
 
-    def gradient(params, fixed, batch, keys):
-        (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, fixed, batch, keys)
-        return grads, {**metrics, "loss": loss}
+    refresh: (all parameters, notes) -> those of them that change without a gradient, after the optimiser; notes is what loss_fn
+      left in metrics["notes"], of the last part where there are several.
+    """
+    def mean_loss(params, others, batch, keys):
+        loss, metrics = loss_fn({**others, **params}, batch, keys)
+        metrics = dict(metrics)
+        notes = metrics.pop("notes", ())
+        return jnp.mean(loss), (jax.tree.map(jnp.mean, metrics), notes)
+
+    def gradient(params, others, batch, keys):
+        (loss, (metrics, notes)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, others, batch, keys)
+        return (grads, {**metrics, "loss": loss}), notes
 
     def step(state: TrainState, batch: PyTree, key: Array):
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = example_keys(fold_in(key, state.step), n)
         if accumulate == 1:
-            grads, metrics = gradient(state.params, state.fixed, batch, keys)
+            (grads, metrics), notes = gradient(state.params, state.others, batch, keys)
         else:
             parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape((n // accumulate, accumulate) + a.shape[1:]), 1, 0), (batch, keys))
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
-                gradient, state.params, state.fixed, *jax.tree.map(lambda a: a[0], parts)))
-            total, _ = jax.lax.scan(
-                lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, state.fixed, *part)), None), zeros, parts)
+                gradient, state.params, state.others, *jax.tree.map(lambda a: a[0], parts)))
+
+            def add(sums, part):
+                sums, (terms, notes) = sums[0], gradient(state.params, state.others, *part)
+                return (jax.tree.map(jnp.add, sums, terms), notes), None
+
+            (total, notes), _ = jax.lax.scan(add, zeros, parts)
             grads, metrics = jax.tree.map(lambda a: a / accumulate, total)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        changed = dict(refresh({**state.others, **params}, notes)) if refresh else {}
+        params, others = ({name: changed.get(name, tree) for name, tree in trees.items()} for trees in (params, state.others))
         rate = ema_rate(ema_decay, state.step)
         ema = jax.tree.map(lambda average, p: average + (1 - rate).astype(p.dtype) * (p - average), state.ema, params)
-        params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), (state.params, state.ema, state.opt_state))
-        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state, fixed=state.fixed)
-        return new, {**metrics, "grad_norm": norm, "finite": finite}
+        new = TrainState(step=state.step, params=params, ema=ema, opt_state=opt_state, others=others)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return dataclasses.replace(new, step=state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
 
     return step
+
+
+def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
+    """`trees` with those that `values` has a value for in its place, sharded as `abstract` says."""
+    place = lambda spec, value: jax.device_put(value, spec.sharding, may_alias=False)  # what is donated must be the state's own
+    return {name: jax.tree.map(place, abstract[name], values[name]) if name in values else tree for name, tree in trees.items()}
 
 
 @contextlib.contextmanager
@@ -94,19 +111,21 @@ def _watch_signals():
 
 
 def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], trained: Sequence[str], loss_fn: LossFn,
-          tx: optax.GradientTransformation, batches: Callable[[int], Any], batch_size: int, steps: int, seed: int, mesh: Mesh,
-          fixed: Optional[Callable[[], Mapping[str, PyTree]]] = None, rules: Rules = (), ema_decay: float = 0.9999, accumulate: int = 1,
-          log_every: int = 100, save_every: int = 1000, keep: int = 2, on_save: Optional[Callable[[int, TrainState], None]] = None,
-          config: Optional[Mapping[str, Any]] = None, name: str = "train", warn: Callable[[str], None] = print) -> TrainState:
+          tx: optax.GradientTransformation, batches: Callable[[int, TrainState], Any], batch_size: int, steps: int, seed: int, mesh: Mesh,
+          given: Optional[Callable[[], Mapping[str, PyTree]]] = None, refresh: Optional[Callable] = None, rules: Rules = (),
+          ema_decay: float = 0.9999, accumulate: int = 1, log_every: int = 100, save_every: int = 1000, keep: int = 2,
+          on_save: Optional[Callable[[int, TrainState], None]] = None, config: Optional[Mapping[str, Any]] = None, name: str = "train",
+          warn: Callable[[str], None] = print) -> TrainState:
     """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
 
     Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for bit, as a run that
     was never killed: the state, the position in the data and the keys are functions of the step.
 
     Args:
-      init: key -> parameters by name, of which those in `trained` are trained and the others held fixed.
-      fixed: called at the start of a new run for the values of the others, in place of what `init` makes of them.
-      batches: position -> iterator of batches sharded by `batch_sharding(mesh)`, with get_state() and close().
+      init: key -> parameters by name, of which those in `trained` are trained by gradient.
+      given: called at the start of a new run for the values of some parameters, by name, in place of what `init` makes of them.
+      refresh: see `train_step`.
+      batches: (position, state) -> iterator of batches sharded by `batch_sharding(mesh)`, with get_state() and close().
       on_save: called with (step, state) after every checkpoint, for pictures.
       warn: is told of checkpoints that are passed over.
 
@@ -132,17 +151,17 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             _, state, position = found
         else:
             state, position = jax.jit(start, out_shardings=placed)(), {"next_index": 0}
-            if fixed is not None:
-                state = TrainState(state.step, state.params, state.ema, state.opt_state,
-                                   jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), dict(fixed()), abstract.fixed))
+            values = dict(given()) if given is not None else {}
+            state = dataclasses.replace(state, **{part: _placed(getattr(state, part), getattr(abstract, part), values)
+                                                  for part in ("params", "ema", "others")})
         step = int(state.step)
         if step >= steps:
             return state
         drop_after(os.path.join(workdir, "metrics.jsonl"), step)
         logs = stack.enter_context(Logs(workdir))
-        data = batches(position["next_index"])
+        data = batches(position["next_index"], state)
         stack.callback(data.close)
-        update = jax.jit(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate), donate_argnums=0,
+        update = jax.jit(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), donate_argnums=0,
                          in_shardings=(placed, batch_sharding(mesh), replicated(mesh)), out_shardings=(placed, replicated(mesh)))
         batch = next(data)
         update = update.lower(state, batch, key_train).compile()  # before the clock and the bar start

@@ -5,6 +5,7 @@ from typing import Any, Mapping, Optional, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
@@ -19,23 +20,39 @@ class TrainState:
       params: the trained parameters, one entry per trained net.
       ema: their exponential moving average, what samples are drawn from.
       opt_state: the optimiser's state.
-      fixed: parameters that are used but not trained here (a first stage, its latents' scale).
+      others: what no gradient changes: nets held fixed (a first stage), the latents' scale, and what a system refreshes by itself.
     """
     step: Array
     params: PyTree
     ema: PyTree
     opt_state: Any
-    fixed: PyTree
+    others: PyTree
 
 
 def new_state(params: Mapping[str, PyTree], trained: Sequence[str], tx: optax.GradientTransformation) -> TrainState:
     """The state at step 0 from all of a system's parameters, of which those named in `trained` are trained."""
     mine = {name: params[name] for name in trained}
-    fixed = {name: tree for name, tree in params.items() if name not in trained}
-    return TrainState(step=jnp.int32(0), params=mine, ema=jax.tree.map(jnp.copy, mine), opt_state=tx.init(mine), fixed=fixed)
+    others = {name: tree for name, tree in params.items() if name not in trained}
+    return TrainState(step=jnp.int32(0), params=mine, ema=jax.tree.map(jnp.copy, mine), opt_state=tx.init(mine), others=others)
 
 
-OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "lion": optax.lion, "sgd": optax.sgd}
+def muon(learning_rate: optax.Schedule, *, adam_ratio: float = 0.05, **options) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for kernels, each a matrix from its inputs to its outputs, and Adam with Nesterov's momentum, at
+    `adam_ratio` times the rate, for everything else. The kernels of scanned blocks are one matrix per block."""
+    def dimensions(params: PyTree) -> PyTree:
+        def of(path, p):
+            if path[-1].key != "kernel" or p.ndim < 2:
+                return None
+            inputs = (1,) if p.ndim == 3 else tuple(range(p.ndim - 1))
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=p.ndim - 1)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.contrib.muon(learning_rate, adam_learning_rate=lambda step: adam_ratio * learning_rate(step),
+                              muon_weight_dimension_numbers=dimensions, **options)
+
+
+OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "lion": optax.lion, "muon": muon, "sgd": optax.sgd}
 
 DECAYS = {
     "constant": lambda peak, steps: optax.constant_schedule(peak),
@@ -61,3 +78,11 @@ def optimizer(name: str, learning_rate: optax.Schedule, *, clip_norm: Optional[f
     """A row of OPTIMIZERS with its options, after clipping the gradient to a global norm of `clip_norm`."""
     tx = lookup(OPTIMIZERS, name, "optimizer")(learning_rate, **options)
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx) if clip_norm else tx
+
+
+def by_name(tx: optax.GradientTransformation, special: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """`tx` for all trained parameters but those of the nets that `special` has an optimiser for; each clips its own gradient."""
+    def labels(params):
+        return {name: name if name in special else "" for name in params}
+
+    return optax.partition({"": tx, **special}, labels) if special else tx

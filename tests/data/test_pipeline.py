@@ -1,4 +1,5 @@
 """Batches: a permutation per epoch, a function of (seed, index), the same on any number of processes, resumable."""
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldm_jax.data import SOURCES, Source, batches
+from ldm_jax.data import SOURCES, Source, batches, cached
+from ldm_jax.data.base import Field
 from ldm_jax.types import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -79,6 +81,26 @@ def test_mirroring_mirrors_half_of_the_images_and_nothing_else():
         mirrored.extend(flipped[b["class"] > 0])
     assert abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / len(mirrored)**0.5
     assert len(mirrored) > 300
+
+
+def test_what_lies_on_the_picture_is_mirrored_with_it_and_what_would_be_untrue_is_refused():
+    def read(ids):
+        image = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 1)).astype(np.uint8)[ids]
+        return {"image": image, "map": image[..., 0].astype(np.int32) + 1, "weight": np.asarray(ids, np.float32)}
+
+    fields = {"map": Field((4, 4), "int32", "spatial"), "weight": Field(())}
+    source = Source("fields", (4, 4, 1), None, (), 23, read, fields)
+    whole, flipped = read(range(23))["image"], 0
+    for b in take(5, cached(source), flip=True):
+        straight = whole[b["weight"].astype(int)]
+        assert np.array_equal(b["map"], b["image"][..., 0].astype(np.int32) + 1)
+        assert all(np.array_equal(a, s) or np.array_equal(a, s[:, ::-1]) for a, s in zip(b["image"], straight))
+        flipped += sum(not np.array_equal(a, s) for a, s in zip(b["image"], straight))
+    assert 5 < flipped < 35
+    untrue = dataclasses.replace(source, fields={**fields, "place": Field((2,), mirrored="untrue")})
+    with pytest.raises(UserError, match="flip=True would make the field 'place' of data 'fields' untrue"):
+        batches(untrue, batch_size=2, seed=0, flip=True)
+    batches(untrue, batch_size=2, seed=0).close()
 
 
 def test_state_restores_on_any_number_of_processes():

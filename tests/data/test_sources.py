@@ -82,6 +82,32 @@ def test_shapes_depend_on_seed_split_and_index_alone():
     assert shapes(size=16).read([0])["image"].shape == (1, 16, 16, 3)
 
 
+def test_the_fields_of_shapes_say_what_is_drawn():
+    size, plain = 16, shapes(size=16, count=20)
+    source = shapes(size=16, count=20, fields=("vector", "map", "sequence", "sequence_mask"))
+    batch = source.read(range(20))
+    assert set(batch) == {"image", "class", *source.fields} and set(plain.read([0])) == {"image", "class"}
+    assert np.array_equal(batch["image"], plain.read(range(20))["image"])
+    for name, field in source.fields.items():
+        assert batch[name].shape == (20, *field.shape) and batch[name].dtype == field.dtype
+        assert np.array_equal(source.read([7, 3])[name], batch[name][[7, 3]])  # from the cache
+    axis = (np.arange(size) + 0.5) * 2 / size - 1
+    for i, (x, y, radius, *colours) in enumerate(batch["vector"].astype(np.float64)):
+        kind = batch["class"][i]
+        inside = list(_SHAPES.values())[kind]((axis[None] - x) / radius, (axis[:, None] - y) / radius) * radius
+        cover = np.clip(0.5 + inside / (2 / size), 0, 1)[..., None]  # of a pixel, from the distance to the edge
+        colour, ground = (np.asarray(colours).reshape(2, 3) + 1) * 127.5
+        assert np.abs(batch["image"][i] - (cover * colour + (1 - cover) * ground)).max() <= 0.51
+        assert np.array_equal(batch["map"][i], np.where(inside >= 0, kind + 1, 0))
+        np.testing.assert_allclose(batch["sequence"][i, 0], np.eye(10)[kind].tolist() + [1, 0, 0], atol=1e-6)
+        np.testing.assert_allclose(batch["sequence"][i, 1], [*colours[:3]] + [0] * 7 + [0, 1, 0], atol=1e-6)
+        np.testing.assert_allclose(batch["sequence"][i, 2], [x, y, radius] + [0] * 7 + [0, 0, 1], atol=1e-6)
+    there = shapes(count=2000, size=8, fields=["sequence_mask"]).read(range(2000))["sequence_mask"]
+    assert set(np.unique(there)) == {0, 1} and (abs(there.mean(0) - 0.75) < 4 * 0.0097).all()
+    with pytest.raises(UserError, match="unknown field of shapes 'size'; choose from: map, sequence, sequence_mask, vector"):
+        shapes(fields=("size",))
+
+
 @pytest.mark.parametrize("name", _SHAPES)
 def test_shapes_fit_their_place_and_keep_their_class_when_mirrored(name):
     u, v = np.meshgrid(np.linspace(-1.5, 1.5, 61), np.linspace(-1.5, 1.5, 61))

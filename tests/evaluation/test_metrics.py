@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.evaluation import evaluate, metrics, pictures
+from ldm_jax.types import UserError
 
 
 def striped(labels, noise=0.0, seed=0):
@@ -25,6 +26,31 @@ def test_nearest_distance_against_a_double_loop():
 def test_psnr():
     black, grey = np.zeros((2, 4, 4, 1)), np.full((2, 4, 4, 1), 0.1)
     np.testing.assert_allclose(metrics.psnr(grey, black), 20.0, atol=1e-4)
+
+
+def test_ssim_against_the_formula_window_by_window():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(2, 13, 15, 3))
+    y = 0.7 * x + 0.3 * rng.uniform(size=x.shape)
+    w = np.exp(-np.add.outer(np.arange(-5, 6) ** 2, np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    w /= w.sum()
+    expected = np.zeros((2, 3, 5, 3))
+    for n, i, j, c in np.ndindex(expected.shape):
+        a, b = (image[n, i:i + 11, j:j + 11, c] for image in (x, y))
+        mu_a, mu_b = (w * a).sum(), (w * b).sum()
+        luminance = (2 * mu_a * mu_b + 1e-4) / (mu_a**2 + mu_b**2 + 1e-4)
+        spread = (w * (a - mu_a) ** 2).sum() + (w * (b - mu_b) ** 2).sum() + 9e-4
+        expected[n, i, j, c] = luminance * (2 * (w * (a - mu_a) * (b - mu_b)).sum() + 9e-4) / spread
+    np.testing.assert_allclose(metrics.ssim(x, y), expected.mean((1, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(metrics.ssim(y, x), metrics.ssim(x, y), atol=1e-12)
+    np.testing.assert_allclose(metrics.ssim(x, x), 1.0, atol=1e-12)
+
+
+def test_ssim_of_constant_images_is_their_luminance_term():
+    black, grey = np.zeros((1, 11, 11, 1), np.uint8), np.full((1, 11, 11, 1), 51, np.uint8)  # 51 is 0.2
+    np.testing.assert_allclose(metrics.ssim(black, grey), 1e-4 / (0.04 + 1e-4), rtol=1e-4)
+    with pytest.raises(UserError, match="10x11"):
+        metrics.ssim(black[:, 1:], grey[:, 1:])
 
 
 def test_evaluation_tells_good_samples_from_wrong_and_copied_ones():

@@ -1,6 +1,5 @@
 """What every denoising network of the table promises, on tiny ones that take every condition there is."""
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +11,21 @@ from ldm_jax.types import UserError
 from tests.models.tiny import random_params
 
 TINY = {"unet": dict(width=8, mults=(1, 2), num_res_blocks=1, attention=(4,)), "dit": dict(width=32, depth=2, num_heads=2)}
+CONTEXT = {"unet": dict(transformer_depth=1)}  # what else a network needs to take a context
 SHAPE, CLASSES = (8, 8, 2), 3
 X, T = jax.random.normal(jax.random.key(1), (3, *SHAPE)), jnp.linspace(0.2, 1.0, 3)
-COND = {"class": jnp.array([0, 1, 2]), "vector": jnp.ones((3, 5)), "concat": jnp.ones((3, 8, 8, 1))}
+SEEN = jnp.array([[True, True, False, False], [True, False, True, True], [True, True, True, True]])
+COND = {"class": jnp.array([0, 1, 2]), "vector": jnp.ones((3, 5)), "concat": jnp.ones((3, 8, 8, 1)),
+        "context": jax.random.normal(jax.random.key(2), (3, 4, 6)), "context_mask": SEEN}
 
 
 def build(name, **kwargs):
     return NETS[name](SHAPE, **{"num_classes": CLASSES, **TINY.get(name, {}), **kwargs})
 
 
-full = functools.partial(build, out_channels=4, vector_dim=5, concat_channels=1, dropout=0.5)
+def full(name, **kwargs):
+    return build(name, **{**dict(out_channels=4, vector_dim=5, concat_channels=1, context_dim=6, dropout=0.5),
+                          **CONTEXT.get(name, {}), **kwargs})
 
 
 @pytest.fixture(scope="module", params=sorted(NETS))
@@ -60,7 +64,8 @@ def test_time_and_every_condition_change_the_output(case):
     base = apply(params, X, T, COND)
     others = [apply(params, X, 0.9 * T, COND)]
     others += [apply(params, X, T, {**COND, name: value}) for name, value in
-               (("class", (COND["class"] + 1) % CLASSES), ("vector", -COND["vector"]), ("concat", -COND["concat"]))]
+               (("class", (COND["class"] + 1) % CLASSES), ("vector", -COND["vector"]), ("concat", -COND["concat"]),
+                ("context", jnp.zeros_like(COND["context"])))]
     for out in others:
         assert np.all(np.abs(out - base).max((1, 2, 3)) > 1e-3)
 
@@ -71,6 +76,21 @@ def test_a_class_left_out_is_the_null_class(case):
     null = apply(params, X, T, rest)
     np.testing.assert_allclose(null, apply(params, X, T, {**rest, "class": jnp.full(3, CLASSES)}), atol=1e-5)
     assert np.all(np.abs(apply(params, X, T, COND) - null).max((1, 2, 3)) > 1e-3)
+
+
+def test_a_masked_token_has_no_effect_and_no_gradient(case):
+    """Nor has any token of an example that sees none."""
+    name, params, apply = case
+    base = apply(params, X, T, COND)
+    other = jnp.where(SEEN[..., None], COND["context"], 9.0)
+    np.testing.assert_array_equal(apply(params, X, T, {**COND, "context": other}), base)
+    gradient = jax.jit(jax.grad(lambda c, seen: jnp.sum(full(name).apply(
+        params, X, T, {**COND, "context": c, "context_mask": seen}) ** 2)))
+    size = np.abs(gradient(COND["context"], SEEN)).max(-1)
+    assert np.all(size[~SEEN] == 0) and np.all(size[SEEN] > 1e-4)
+    none = SEEN.at[1].set(False)
+    size = np.abs(gradient(COND["context"], none)).max(-1)
+    assert np.all(size[~none] == 0) and np.all(size[none] > 1e-4)
 
 
 def test_examples_do_not_see_each_other(case):
@@ -102,7 +122,7 @@ def test_conditions_are_checked_by_name(name):
     np.testing.assert_array_equal(net.conditions(np.array([2, 0]), 2)["class"], [2, 0])
     assert build(name, num_classes=None).conditions(None, 2) == {}
     for wrong, words in ((build(name, num_classes=None), r"\[\].*\['class'\]"),
-                         (full(name), r"'concat', 'vector'\].*\['class'\]")):
+                         (full(name), r"'concat', 'context', 'vector'\].*\['class'\]")):
         with pytest.raises(UserError, match=words):
             wrong.apply({}, X, T, jnp.arange(3))
 
@@ -118,8 +138,9 @@ def test_the_unit_of_time(name):
 @pytest.mark.parametrize("name", sorted(NETS))
 @pytest.mark.parametrize("kwargs, words", [
     (dict(dtype="float64"), "float64.*bfloat16, float32"),
-    (dict(attention_impl="flash"), "flash.*cudnn, einsum, xla"),
+    (dict(attention_impl="flash"), "flash.*auto, cudnn, einsum, xla"),
     (dict(num_heads=7), "num_heads=7"),
+    (dict(remat=True), "remat True.*dots, full, none"),
 ])
 def test_bad_arguments_are_named(name, kwargs, words):
     with pytest.raises(UserError, match=words):

@@ -7,7 +7,7 @@ import pytest
 from ldm_jax.models import layers
 from ldm_jax.models.unet import UNETS, SpatialTransformer, unet
 from ldm_jax.types import UserError
-from tests.models.tiny import count, random_params
+from tests.models.tiny import random_params
 
 # Ho et al. 2020, appendix B; Dhariwal & Nichol 2021, in millions, with one row less in the class table; the released weights of
 # Rombach et al. 2022 and Podell et al. 2023, counted.
@@ -16,17 +16,14 @@ PUBLISHED = {"ddpm_cifar": (35.7e6, 0.05e6), "adm_64": (296e6, 0.5e6), "adm_128"
 
 
 @pytest.mark.parametrize("name", sorted(UNETS))
-def test_published_parameter_counts(name):
-    want, tolerance = PUBLISHED[name]
-    assert abs(count(unet(**UNETS[name])) - want) <= tolerance
-
-
-@pytest.mark.parametrize("name", ["adm_64", "sd_1"])
-def test_published_shapes(name):
-    net = unet(**UNETS[name])
-    params, spec = jax.eval_shape(net.init, jax.random.key(0)), jax.ShapeDtypeStruct
+def test_published_sizes(name):
+    """The number of parameters, and the shape of the output for every condition that the network takes."""
+    net, spec = unet(**UNETS[name]), jax.ShapeDtypeStruct
+    params, (want, tolerance) = jax.eval_shape(net.init, jax.random.key(0)), PUBLISHED[name]
+    assert abs(sum(a.size for a in jax.tree.leaves(params)) - want) <= tolerance
     cond = {key: spec(shape, dtype) for key, shape, dtype, size in (
-        ("class", (2,), jnp.int32, net.num_classes), ("context", (2, 77, net.context_dim), jnp.float32, net.context_dim)) if size}
+        ("class", (2,), jnp.int32, net.num_classes), ("context", (2, 77, net.context_dim), jnp.float32, net.context_dim),
+        ("vector", (2, net.vector_dim), jnp.float32, net.vector_dim)) if size}
     out = jax.eval_shape(net.apply, params, spec((2, *net.image_shape), jnp.float32), spec((2,), jnp.float32), cond)
     assert out.shape == (2, *net.image_shape[:2], net.out_channels) and out.dtype == jnp.float32
 
@@ -54,15 +51,21 @@ def test_a_context_net_runs_from_sequence_to_image():
     assert np.abs(apply(params, x, t, {"context": context.at[:, 1].set(9.0), "context_mask": mask}) - out).max() > 1e-3
 
 
-def test_remat_changes_no_number():
+@pytest.mark.parametrize("depth, compared", [(0, "full"), (1, "dots")])
+def test_remat_changes_no_number(depth, compared):
+    """Values and gradients are those without it; "full" convolves again in the backward pass, "dots" does not."""
     x, t = jax.random.normal(jax.random.key(0), (2, 4, 4, 1)), jnp.array([0.3, 0.6])
-    nets = [unet((4, 4, 1), width=8, mults=(1,), num_res_blocks=1, transformer_depth=1, remat=remat)
-            for remat in (False, True)]
-    params = random_params(nets[0])
-    plain, remat = (str(jax.make_jaxpr(net.apply)(params, x, t)) for net in nets)
-    assert "remat" in remat and "remat" not in plain
-    a, b = (jax.jit(jax.grad(lambda x, net=net: jnp.sum(net.apply(params, x, t) ** 2)))(x) for net in nets)
-    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+    nets = {remat: unet((4, 4, 1), width=8, mults=(1,), num_res_blocks=1, transformer_depth=depth, remat=remat)
+            for remat in sorted(layers.REMAT)}
+    params = random_params(nets["none"])
+    runs = {remat: jax.jit(jax.value_and_grad(lambda args, net=net: jnp.sum(net.apply(*args, t) ** 2))).lower((params, x))
+            for remat, net in nets.items()}
+    text = {remat: run.as_text() for remat, run in runs.items()}
+    convolutions = {remat: lines.count("stablehlo.convolution") for remat, lines in text.items()}
+    assert convolutions["full"] > convolutions["none"] == convolutions["dots"]
+    assert [remat for remat in runs if "optimization_barrier" in text[remat]] == ["dots", "full"]
+    got, want = (runs[remat].compile()((params, x)) for remat in (compared, "none"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max())), got, want)
 
 
 @pytest.mark.parametrize("padding, before", [("SAME", 0), (1, 1)])
@@ -93,6 +96,7 @@ def test_where_strided_convolutions_pad(padding, before):
     (dict(image_shape=(32, 32, 3), width=30, norm_groups=32), "norm_groups=32"),
     (dict(image_shape=(32, 32, 3), width=33), "width=33"),
     (dict(image_shape=(32, 32, 3), head_width=96), "head_width=96"),
+    (dict(image_shape=(32, 32, 3), remat=True), "remat True.*dots, full, none"),
 ])
 def test_what_does_not_fit_is_refused_by_name(kwargs, words):
     with pytest.raises(UserError, match=words):

@@ -8,9 +8,11 @@ import pytest
 
 from ldm_jax import process
 from ldm_jax.systems.autoencoding import autoencoding
-from ldm_jax.systems.base import diffusion, drop_class
+from ldm_jax.systems.base import diffusion
+from ldm_jax.systems.conditioners import CONDITIONERS
+from ldm_jax.systems.conditions import Space
 from ldm_jax.systems.latent import latent, measure
-from ldm_jax.types import UserError
+from ldm_jax.types import UserError, normal
 
 SHAPE = (4, 4, 1)
 
@@ -20,6 +22,7 @@ class ExactNet:
     """A net for data that is one constant picture per class, and 0 for the null class: predicts v of rectified flow exactly."""
     values: tuple
     shape: tuple = SHAPE
+    num_classes: int = None
 
     def init(self, key):
         return {"w": jnp.ones(())}
@@ -34,19 +37,31 @@ class ExactNet:
 class HalfCodec:
     """An "autoencoder" that keeps every second pixel, doubled; its posterior has no width to speak of."""
     latent_shape = (2, 2, 1)
+    codes = None
 
     def init(self, key):
         return {"gain": jnp.float32(2.0)}
 
-    def encode(self, params, x):
+    def encode(self, params, x, train=False, rngs=None):
         return params["gain"] * x[:, ::2, ::2], jnp.full((len(x), 2, 2, 1), -30.0)
 
-    def decode(self, params, z):
+    def posterior(self, params, x):
+        return self.encode(params, x)
+
+    def draw(self, mean, logvar, key):
+        return mean + jnp.exp(0.5 * logvar) * normal(key, mean.shape)
+
+    def decode(self, params, z, train=False, rngs=None):
         return jnp.repeat(jnp.repeat(z / params["gain"], 2, 1), 2, 2)
 
 
 def flow(net, **options):
     return diffusion(net, image_shape=SHAPE, schedule=process.SCHEDULES["rectified_flow"](), parameterization="flow", **options)
+
+
+def by_class(drop):
+    space = Space(SHAPE, SHAPE, num_classes=2)
+    return flow(ExactNet((0.5, -0.25), num_classes=2), conditioners={"class": CONDITIONERS["class"](space, drop=drop)})
 
 
 def draw(system, params, cond, guidance=None, n=3):
@@ -56,7 +71,7 @@ def draw(system, params, cond, guidance=None, n=3):
 
 
 def test_an_exact_net_has_no_loss_and_samples_its_picture():
-    system = flow(ExactNet((0.5, -0.25)), num_classes=2, class_dropout=0.0)
+    system = by_class(drop=0.0)
     params = system.init(jax.random.key(0))
     labels = jnp.array([0, 1, 1])
     image = jnp.broadcast_to(jnp.array([0.5, -0.25, -0.25]).reshape(3, 1, 1, 1), (3, *SHAPE))
@@ -67,18 +82,11 @@ def test_an_exact_net_has_no_loss_and_samples_its_picture():
 
 
 def test_guidance_extrapolates_from_the_null_class():
-    system = flow(ExactNet((0.5, -0.25)), num_classes=2)
+    system = by_class(drop=0.1)
     params = system.init(jax.random.key(0))
     scale = jnp.array([1.0, 2.0, 3.0])
     out = draw(system, params, {"class": jnp.array([0, 0, 1])}, scale)  # the null class is 0, so guided x0 = scale * value
     np.testing.assert_allclose(out[:, 0, 0, 0], [0.5, 1.0, -0.75], atol=1e-5)
-
-
-def test_labels_are_dropped_at_the_rate():
-    labels = jnp.arange(20_000) % 10
-    dropped = np.asarray(drop_class(jax.random.key(0), labels, 0.1, 10)) == 10
-    assert abs(dropped.mean() - 0.1) < 4 * np.sqrt(0.09 / 20_000)
-    np.testing.assert_array_equal(drop_class(jax.random.key(0), labels, 0.0, 10), labels)
 
 
 def test_an_impossible_combination_is_refused_when_built():
@@ -104,6 +112,12 @@ def test_latents_are_measured_normalised_and_undone():
     loss, _ = system.loss_fn(everything, {"image": jnp.full((3, *SHAPE), 0.25)}, jax.random.key(0))
     np.testing.assert_allclose(loss, 0.0, atol=1e-8)
 
+    mean = jnp.full((3, 2, 2, 1), 0.5, jnp.float16)  # what a cache holds of that picture
+    for cached in ({"mean": mean}, {"mean": mean, "logvar": jnp.full_like(mean, -60.0)}):
+        np.testing.assert_allclose(system.loss_fn(everything, cached, jax.random.key(0))[0], 0.0, atol=1e-8)
+    wide, _ = system.loss_fn(everything, {"mean": mean, "logvar": jnp.zeros_like(mean)}, jax.random.key(0))
+    assert wide.min() > 0.1
+
 
 def test_autoencoder_terms():
     system = autoencoding(HalfCodec(), image_shape=SHAPE, kl_weight=0.1)
@@ -118,3 +132,10 @@ def test_autoencoder_terms():
     np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-4)
     np.testing.assert_allclose(loss, mae + 0.1 * kl / 16, rtol=1e-4)
     np.testing.assert_allclose(metrics["psnr"], 10 * np.log10(4 / ((image - kept) ** 2).mean((1, 2, 3))), rtol=1e-4)
+
+
+def test_a_net_for_other_latents_is_refused():
+    from ldm_jax.models import NETS
+    net = NETS["unet"]((2, 2, 3), width=8, mults=(1,), num_res_blocks=1)
+    with pytest.raises(UserError, match=r"\(2, 2, 3\), the autoencoder's latents are \(2, 2, 1\)"):
+        latent(net, HalfCodec(), image_shape=SHAPE, schedule=process.SCHEDULES["rectified_flow"](), parameterization="flow")

@@ -51,7 +51,7 @@ def test_one_step_of_sgd_and_the_average_against_numpy():
     np.testing.assert_allclose(metrics["loss"], np.mean(error**2), rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-5)
     np.testing.assert_allclose(state.ema["net"]["w"], 0.1 * w + 0.9 * (w - 0.1 * gradient), rtol=1e-5, atol=1e-6)
-    assert state.fixed["gain"] == 0.5 and int(state.step) == 1
+    assert state.others["gain"] == 0.5 and int(state.step) == 1
 
 
 def test_the_average_forgets_quickly_at_first():
@@ -115,3 +115,57 @@ def test_learning_rate_warms_up_and_decays():
 def test_mistakes_are_named(make):
     with pytest.raises(UserError):
         make()
+
+
+def test_refresh_changes_what_no_gradient_does():
+    """After the optimiser, before the average; with accumulation from the last part's notes; not at all in a step that is not finite."""
+    def noted(params, batch, key):
+        loss, metrics = loss_fn(params, batch, key)
+        return loss, {**metrics, "notes": {"last": batch["y"][-1]}}
+
+    def refresh(params, notes):
+        return {"net": {"w": params["net"]["w"].at[0].set(notes["last"])}, "gain": params["gain"] + 1.0}
+
+    for accumulate in (1, 4):
+        params, batch = problem()
+        tx = optax.sgd(0.1)
+        step = jax.jit(train_step(noted, tx, ema_decay=0.9, accumulate=accumulate, refresh=refresh))
+        before = new_state(params, ("net",), tx)
+        state, metrics = step(before, batch, jax.random.key(7))
+        assert "notes" not in metrics and state.others["gain"] == 1.5
+        np.testing.assert_array_equal(state.params["net"]["w"][0], jnp.full(8, batch["y"][-1]))
+        np.testing.assert_allclose(state.ema["net"]["w"][0], 0.1 * params["net"]["w"][0] + 0.9 * batch["y"][-1], rtol=1e-5)
+        assert np.all(state.params["net"]["w"][1:] != params["net"]["w"][1:])
+        state, _ = step(before, {**batch, "x": batch["x"] * jnp.inf}, jax.random.key(7))
+        assert state.others["gain"] == 0.5 and np.all(state.params["net"]["w"] == params["net"]["w"])
+
+
+def test_optimisers_by_name():
+    """Each net moves at its own optimiser's rate, and is clipped by its own gradient alone."""
+    from ldm_jax.training.state import by_name
+    tx = by_name(optimizer("sgd", lambda _: 0.1, clip_norm=1.0), {"b": optimizer("sgd", lambda _: 1.0, clip_norm=1.0)})
+    params = {"a": {"w": jnp.zeros(2)}, "b": {"w": jnp.zeros(2)}}
+    updates, _ = tx.update({"a": {"w": jnp.array([30.0, 40.0])}, "b": {"w": jnp.array([0.3, 0.4])}}, tx.init(params), params)
+    np.testing.assert_allclose(updates["a"]["w"], [-0.06, -0.08], rtol=1e-5)
+    np.testing.assert_allclose(updates["b"]["w"], [-0.3, -0.4], rtol=1e-5)
+
+
+def test_muon_turns_each_kernels_gradient_into_a_rotation():
+    """From rest the first update of a kernel, as a matrix from inputs to outputs, is lr U V^T to the Newton-Schulz iteration's accuracy
+    (singular values 0.7 to 1.2); a scanned kernel is one matrix per block; a bias moves by Adam's first step."""
+    shapes = {"conv": (3, 3, 4, 8), "dense": (12, 6), "blocks": (5, 6, 9)}
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 3)))
+    bias = jnp.array([2.0, -3.0])
+    grads = {"net": {name: {"kernel": jax.random.normal(keys[name], shape), "bias": bias} for name, shape in shapes.items()}}
+    tx = optimizer("muon", lambda step: 0.5, adam_ratio=0.1)
+    params = jax.tree.map(jnp.zeros_like, grads)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    for name, tree in updates["net"].items():
+        first = 0.05 * (0.9 * 0.1 / (1 - 0.9**2) + 1)  # Adam's first step with Nesterov's momentum
+        np.testing.assert_allclose(tree["bias"], [-first, first], rtol=1e-4)
+        matrices = (lambda a: a if name == "blocks" else a.reshape(1, -1, a.shape[-1]))
+        for update, grad in zip(matrices(tree["kernel"]), matrices(grads["net"][name]["kernel"])):
+            u, _, v = np.linalg.svd(np.asarray(grad, np.float64), full_matrices=False)
+            scale = max(1.0, update.shape[1] / update.shape[0]) ** 0.5  # optax's factor for wide matrices
+            got = u.T @ np.asarray(update) @ v.T / (-0.5 * scale)  # of U V^T it is the identity
+            assert np.all((np.diag(got) > 0.6) & (np.diag(got) < 1.3)) and np.abs(got - np.diag(np.diag(got))).max() < 0.02, name

@@ -1,0 +1,106 @@
+"""scheduler_config.json read and sampled here against diffusers walking the same scheduler, with a small known function as the net."""
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.models.net import Net
+from ldm_jax.pipelines import published, schedule_and_grid, told
+from ldm_jax.process.samplers import make_sampler
+from ldm_jax.systems.base import diffusion
+from ldm_jax.types import example_keys, fold_in, normal
+from ldm_jax.weights.schedulers import SCHEDULERS, sampling
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+SHAPE, B = (2, 3, 1), 2
+KEYS = example_keys(jax.random.key(5), B)
+NOISE = np.random.default_rng(0).standard_normal((B, *SHAPE)).astype(np.float32)
+
+
+class Function:
+    """0.8 tanh(x (1 + cos(k / 70) / 4)) + 0.2 sin(k / 300), bounded and moving with x and with the step k that it is told."""
+    def apply(self, variables, x, k, cond, train, rngs=None):
+        k = k[:, None, None, None]
+        return 0.8 * jnp.tanh(x * (1 + jnp.cos(k / 70) / 4)) + 0.2 * jnp.sin(k / 300)
+
+
+def peer_net(x, k):
+    return 0.8 * torch.tanh(x * (1 + torch.cos(k / 70) / 4)) + 0.2 * torch.sin(k / 300)
+
+
+def walk(scheduler, n, monkeypatch):
+    """The peer's end from NOISE, its draws replaced by those made here."""
+    i = 0
+
+    def draw(*args, **kwargs):
+        return torch.from_numpy(np.array(normal(fold_in(KEYS, i), (B, *SHAPE))))
+
+    monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
+    scheduler.set_timesteps(n)
+    if scheduler.config.get("use_exponential_sigmas") and scheduler.timesteps[0] == 998:
+        scheduler.timesteps[0] = 999  # what its floor makes of 999 less a rounding error
+    x = torch.from_numpy(NOISE) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for i, k in enumerate(scheduler.timesteps):
+        asked = scheduler.scale_model_input(x, k) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(peer_net(asked, k.to(torch.float32)), k, x, return_dict=False)[0]
+    return x.numpy()
+
+
+def ours(config, n):
+    said = sampling(config)
+    schedule, grid = schedule_and_grid(said)
+    net = told(Net(Function(), SHAPE, SHAPE[-1], timesteps=1000), said)
+    system = published(diffusion(net, image_shape=SHAPE, schedule=schedule, parameterization=said.target), schedule, said)
+    with jax.disable_jit():  # to compile every case would take longer than to run it
+        return np.asarray(system.sample({"net": {}}, jnp.asarray(NOISE), KEYS, None, steps=jnp.int32(n), capacity=n + 1, grid=grid,
+                                        sampler=make_sampler(said.sampler, **said.options)))
+
+
+SCALED = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+LINEAR = [dict(beta_start=0.0005, beta_end=0.015), dict(beta_schedule="squaredcos_cap_v2"), dict(SCALED)]
+ZERO = dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+KARRAS, EXPONENTIAL = dict(SCALED, use_karras_sigmas=True), dict(SCALED, use_exponential_sigmas=True)
+SPACINGS = [dict(SCALED, timestep_spacing=name) for name in ("linspace", "trailing")] + [
+    dict(SCALED, timestep_spacing="leading", steps_offset=1)]
+V = dict(SCALED, prediction_type="v_prediction")
+CASES = [
+    *[("DDPMScheduler", n, c) for n, c in [(7, SCALED), (7, dict(SCALED, timestep_spacing="linspace")),
+                                           (7, dict(SCALED, timestep_spacing="trailing", prediction_type="sample")),
+                                           (6, dict(LINEAR[0], clip_sample_range=0.3, variance_type="fixed_small_log")),
+                                           (6, dict(clip_sample=False, prediction_type="v_prediction", variance_type="fixed_large")),
+                                           (6, dict(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1.1)),
+                                           (5, dict(ZERO, clip_sample=False)), (6, dict(num_train_timesteps=400)),
+                                           (6, dict(trained_betas=list(np.linspace(1e-3, 0.02, 500)), num_train_timesteps=500))]],
+    *[("DDIMScheduler", n, c) for n, c in [(7, SCALED), (10, dict(LINEAR[0], timestep_spacing="trailing", clip_sample=False)),
+                                           (7, dict(V, set_alpha_to_one=False, steps_offset=1, clip_sample_range=0.4)),
+                                           (10, dict(LINEAR[1], prediction_type="sample")), (5, dict(ZERO, clip_sample=False)),
+                                           (5, dict(SCALED, **ZERO))]],
+    *[("PNDMScheduler", n, c) for n, c in [(7, dict(SCALED, skip_prk_steps=True, steps_offset=1)), (10, SCALED),
+                                           (10, dict(SCALED, set_alpha_to_one=True, skip_prk_steps=True))]],
+    *[(name, 7, c) for name in ("EulerDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler") for c in [
+        *SPACINGS, KARRAS, EXPONENTIAL, V, dict(KARRAS, timestep_spacing="leading", steps_offset=1)]],
+    ("EulerDiscreteScheduler", 5, ZERO), ("HeunDiscreteScheduler", 6, dict(SCALED, clip_sample=True, clip_sample_range=0.5)),
+    *[("EulerAncestralDiscreteScheduler", 7, c) for c in [*SPACINGS, V, ZERO]],
+    *[(name, 7, c) for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler") for c in [
+        *SPACINGS, KARRAS, EXPONENTIAL, V, ZERO, dict(SCALED, solver_order=1), dict(LINEAR[1]), dict(prediction_type="sample"),
+        dict(SCALED, final_sigmas_type="sigma_min", lower_order_final=False),
+        dict(SCALED, thresholding=True, dynamic_thresholding_ratio=0.7)]],
+    *[("DPMSolverMultistepScheduler", 7, dict(SCALED, **c)) for c in [
+        dict(solver_type="heun"), dict(algorithm_type="sde-dpmsolver++"), dict(algorithm_type="sde-dpmsolver++", solver_order=1)]],
+    ("FlowMatchEulerDiscreteScheduler", 6, dict(shift=1.0)), ("FlowMatchEulerDiscreteScheduler", 6, dict(shift=3.0)),
+]
+
+
+@pytest.mark.parametrize("name, n, config", CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_end_of_sampling(name, n, config, monkeypatch):
+    peer = getattr(diffusers, name)(**config)
+    want, got = walk(peer, n, monkeypatch), ours({**peer.config, "_class_name": name}, n)
+    np.testing.assert_allclose(got, want, atol=1e-3 * np.abs(want).max(), rtol=0)
+
+
+def test_every_scheduler_is_tried():
+    assert {name for name, _, _ in CASES} == set(SCHEDULERS)
