@@ -12,6 +12,8 @@ import numpy as np
 
 from ldm_jax import process
 from ldm_jax.systems import System
+from ldm_jax.systems.conditioners import class_label
+from ldm_jax.systems.conditions import Space
 from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_unit
 
 _CAPACITY = 64  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
@@ -26,16 +28,19 @@ class Pipeline:
       params: its parameters by name, the averaged ones where there is an average.
       defaults: what `sample` takes where it is told nothing: the `sampler` section of the run's config.
       class_names: names of the classes, where the data has them.
+      classifier: a classifier of noisy images that takes part in every picture whose class is asked for, see `sample`.
     """
     system: System
     params: Mapping[str, PyTree]
     defaults: Mapping[str, Any]
     class_names: Tuple[str, ...] = ()
+    classifier: Optional["Pipeline"] = None
 
     def __post_init__(self):
         if self.system.sample is not None:
             object.__setattr__(self, "_sample", jax.jit(
-                functools.partial(_sample, self.system.sample), static_argnames=("sampler", "static", "grid", "capacity", "trajectory")))
+                functools.partial(_sample, self.system.sample),
+                static_argnames=("classify", "sampler", "static", "grid", "capacity", "trajectory")))
 
     @property
     def nets(self) -> Dict[str, Tuple[Any, PyTree]]:
@@ -44,28 +49,34 @@ class Pipeline:
 
     def sample(self, key: Any, num: Optional[int] = None, cond: Any = None, steps: Optional[int] = None, sampler: Optional[str] = None,
                guidance: Any = None, x_init: Optional[Array] = None, *, grid: Any = None, batch_size: Optional[int] = None,
-               trajectory: bool = False, **options: Any) -> Any:
+               trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None, **options: Any) -> Any:
         """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
 
         Args:
           key: a `jax.random.key`, or an int seed.
           num: how many; by default as many as `cond` or `x_init` has, else 16.
-          cond: class ids [num]; None is unconditional.
+          cond: what the run's conditioner takes, such as class ids [num], one for each picture or one for all; where there are several
+            conditioners, a mapping from their names. What is left out is null, as None is altogether.
           steps, sampler, guidance, grid: the run's where None. sampler is a row of `process.SAMPLERS`, grid one of `process.GRIDS` or a
             function of the same form, such as functools.partial(grids.karras, rho=5); guidance is u + guidance (c - u): 1 is off.
+            u is without the conditions that training has dropped.
           x_init: the starting noise [num, ...], N(0, I), in the space that is diffused.
           batch_size: pictures at a time; the last batch is padded.
           trajectory: also return the pictures at every step, [steps + 1, num, H, W, C].
+          classifier: a Pipeline of a classifier of noisy images, which guides each picture to the class that cond names, also where the
+            model itself knows no classes; in place of the run's. classifier_scale: how strongly, a number or one for each picture.
           options: the sampler's own, such as eta=0.5 for "ddim"; a number, or one for each picture.
 
         Returns:
           [num, H, W, C] float32 in [0, 1].
 
         Raises:
-          UserError: for an unknown name, a class out of range, or arrays that do not fit.
+          UserError: for an unknown name, a class out of range, arrays that do not fit, or a classifier of something else.
         """
         if self.system.sample is None:
-            raise UserError("this is a first stage, which reconstructs pictures and samples none; load the run that was trained on it")
+            raise UserError("this is a first stage, which reconstructs pictures and samples none; load the run that was trained on it"
+                            if self.system.reconstruct is not None else "this is a classifier, which samples no pictures; give it as "
+                            "classifier=... where a diffusion model samples")
         sampler = sampler or self.defaults["name"]
         steps = _positive("steps", self.defaults["steps"] if steps is None else steps)
         grid = grid or self.defaults["grid"]
@@ -74,9 +85,15 @@ class Pipeline:
         options = {**dict(self.defaults.get(sampler) or {}), **options}
         process.samplers.make_sampler(sampler, **options)
         key = _key(key)
-        num = _positive("num", num if num is not None else _length(cond, x_init))
+        classifier, wanted = classifier or self.classifier, classifier is not None
+        cond, labels = self._conditions(cond, classifier)
+        num = _positive("num", num if num is not None else _length((cond, labels), x_init))
         guidance = self._guidance(guidance, cond, num)
-        cond = self._condition(cond, num)
+        cond, labels = _for_each((cond, labels), num)
+        if wanted and labels is None:
+            raise UserError("classifier guidance needs to know the class of each picture; give it in cond")
+        scale = self.defaults.get("classifier_scale", 1.0) if classifier_scale is None else classifier_scale
+        judge = None if classifier is None or labels is None else (classifier.params, labels, _scales("classifier_scale", scale, num))
         shape = self.system.sample_shape
         if x_init is None:
             x_init = jax.jit(normal, static_argnums=1)(fold_in(example_keys(key, num), 0), (num, *shape))
@@ -94,46 +111,96 @@ class Pipeline:
         for start in range(0, num, size):
             take = np.minimum(np.arange(start, start + size), num - 1)
             part = jax.tree.map(lambda a: a[take], (x_init, keys, cond, guidance))
-            out = self._sample(self.params, *part, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
-                               sampler=sampler, static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory)
+            judged = None if judge is None else (judge[0], judge[1][take], judge[2][take])
+            out = self._sample(self.params, *part, judged, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
+                               classify=None if judge is None else classifier.system.classify, sampler=sampler,
+                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory)
             pictures.append(jax.tree.map(np.asarray, out))
         if not trajectory:
             return np.concatenate(pictures)[:num]
         return np.concatenate([end for end, _ in pictures])[:num], np.concatenate([path for _, path in pictures], axis=1)[:, :num]
 
-    def _condition(self, cond: Any, num: int):
-        classes = self.system.num_classes
-        if classes is None:
-            if cond is not None:
-                raise UserError("this model takes no condition; leave cond out")
-            return None
+    def _conditions(self, cond: Any, classifier: Optional["Pipeline"]):
+        """(conditioner's name -> value, class ids for the classifier or None), each array of one picture or of all."""
+        known = self.system.conditioners
+        names = ", ".join(known)
+        by_name = isinstance(cond, Mapping) and (len(known) != 1 or set(cond) <= {*known, "class"})
         if cond is None:
-            return {"class": jnp.full((num,), classes, jnp.int32)}
-        try:
-            ids = np.asarray(cond)
-            if ids.dtype.kind not in "iu":
-                raise TypeError
-        except (TypeError, ValueError):
-            raise UserError(f"cond={str(cond)[:60]!r}: this model takes class ids, integers from 0 to {classes - 1}") from None
-        if ids.shape not in ((), (1,), (num,)):
-            raise UserError(f"cond has shape {ids.shape} for num={num} pictures; give one class id each, or one for all")
-        if ids.min() < 0 or ids.max() >= classes:
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise UserError(f"class id {bad} is out of range; this model knows 0 to {classes - 1}")
-        return {"class": jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (num,))}
+            given = {}
+        elif by_name:
+            given = {name: value for name, value in cond.items() if value is not None}
+        elif len(known) == 1:
+            given = {next(iter(known)): cond}
+        elif known:
+            raise UserError(f"this model takes several conditions, {names}; give cond as a mapping from those names")
+        else:
+            given = {"class": cond}
+        label = next((name for name, c in known.items() if "num_classes" in c.needs), None)
+        of_classifier = classifier is not None and label is None and "class" in given
+        extra = sorted(set(given) - set(known) - ({"class"} if of_classifier else set()))
+        if extra:
+            raise UserError(f"this model has no condition {extra[0]!r}; it takes: {names}" if known else
+                            "this model takes no condition; leave cond out")
+        missing = [name for name, c in known.items() if not c.drop and name not in given]
+        if missing:
+            raise UserError(f"this model needs the condition {missing[0]!r}, which its training never dropped (drop=0); give it in cond")
+        values = {name: known[name].read(value) for name, value in given.items() if name in known}
+        if classifier is None:
+            return values, None
+        self._check_classifier(classifier.system)
+        if of_classifier:
+            space = Space(self.system.image_shape, self.system.sample_shape, classifier.system.num_classes)
+            return values, class_label(space).read(given["class"])
+        return values, values.get(label)
 
-    def _guidance(self, guidance: Any, cond: Any, num: int):
+    def _check_classifier(self, other: System) -> None:
+        if other.classify is None:
+            raise UserError("the run given as classifier is none; train one with config.system='classifier'")
+        ours, theirs = self.system.sample_shape, tuple(other.sample_shape or other.image_shape)
+        if ours != theirs:
+            raise UserError(f"the classifier sees x_t of shape {theirs}, this model diffuses {ours}; train a classifier in that space")
+        if self.system.num_classes not in (None, other.num_classes):
+            raise UserError(f"the classifier knows {other.num_classes} classes, this model {self.system.num_classes}; train one on "
+                            f"the same data")
+
+    def _guidance(self, guidance: Any, cond: Mapping[str, Any], num: int):
         """[num] scales, or None where guidance is off, in which case the unconditional half is not computed."""
-        scale = np.asarray(self.defaults["guidance"] if guidance is None else guidance, np.float32)
-        if scale.shape not in ((), (1,), (num,)):
-            raise UserError(f"guidance has shape {scale.shape} for num={num} pictures; give one number, or one each")
-        return None if cond is None or np.all(scale == 1.0) else jnp.broadcast_to(scale, (num,))
+        droppable = [name for name, c in self.system.conditioners.items() if c.drop]
+        scale = _scales("guidance", self.defaults["guidance"] if guidance is None else guidance, num)
+        if guidance is not None and cond and not droppable and np.any(scale != 1.0):
+            raise UserError(f"guidance={guidance} needs a condition that training has dropped; this model's have drop=0: "
+                            f"{', '.join(cond)}")
+        return None if not set(droppable) & set(cond) or np.all(scale == 1.0) else scale
 
 
-def _sample(make, params, x, keys, cond, guidance, steps, numbers, *, sampler, static, grid, capacity, trajectory):
+def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, *, classify, sampler, static, grid, capacity, trajectory):
     method = process.samplers.make_sampler(sampler, **numbers, **dict(static))
-    out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory)
+    tilt = {}
+    if classify is not None:
+        weights, labels, scale = judged
+        tilt = dict(log_prob_scale=scale, log_prob=lambda x_t, t: jnp.take_along_axis(
+            jax.nn.log_softmax(classify(weights, x_t, t)), labels[:, None], 1)[:, 0])
+    out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory,
+               **tilt)
     return jax.tree.map(to_unit, out)
+
+
+def _scales(name: str, value: Any, num: int) -> np.ndarray:
+    """float32 [num] from one number, or one for each picture."""
+    scale = np.asarray(value, np.float32)
+    if scale.shape not in ((), (1,), (num,)):
+        raise UserError(f"{name} has shape {scale.shape} for num={num} pictures; give one number, or one each")
+    return np.broadcast_to(scale, (num,))
+
+
+def _for_each(values: Any, num: int) -> Any:
+    """Arrays of one example or of `num`, as those of `num`."""
+    def broadcast(a):
+        if len(a) not in (1, num):
+            raise UserError(f"cond has shape {a.shape} for num={num} pictures; give one for each, or one for all")
+        return jnp.broadcast_to(jnp.asarray(a), (num, *a.shape[1:]))
+
+    return jax.tree.map(broadcast, values)
 
 
 def _positive(name: str, value: Any) -> int:
@@ -143,10 +210,10 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _length(cond: Any, x_init: Any) -> int:
-    for array in (cond, x_init):
-        if array is not None and np.ndim(array):
-            return len(array)
-    return 16 if cond is None else 1
+    lengths = [len(a) for a in jax.tree.leaves(cond)]
+    if max(lengths, default=1) == 1 and x_init is not None and np.ndim(x_init):
+        return len(x_init)
+    return max(lengths, default=16)
 
 
 def _key(key: Any) -> Array:
@@ -159,22 +226,26 @@ def _key(key: Any) -> Array:
 
 
 def load(path: str, **overrides: Any) -> Pipeline:
-    """The Pipeline of a run's workdir, with the averaged parameters of its newest good checkpoint.
+    """The Pipeline of a run's workdir, with the averaged parameters of its newest good checkpoint; or of a published checkpoint.
 
     Args:
-      path: the --workdir of a run.
-      overrides: in place of the run's sampler settings: name, steps, guidance, grid, batch_size.
+      path: the --workdir of a run, or a directory with model_index.json, see `pipelines.load_pipeline`.
+      overrides: in place of the run's sampler settings: name, steps, guidance, grid, batch_size, and classifier_dir, the workdir of a
+        classifier of noisy images, with classifier_scale.
 
     Raises:
       UserError: when there is no run at `path`, or no checkpoint in it that can be read.
     """
+    from ldm_jax import pipelines
     from ldm_jax.recipe import build_system
     from ldm_jax.training.checkpoint import Checkpoints
+    if pipelines.is_published(path):
+        return pipelines.load_pipeline(path, **overrides)
     config = read_config(path)
     system = build_system(config)
     parameters = jax.eval_shape(system.init, jax.random.key(0))
     wanted = {"ema": {n: t for n, t in parameters.items() if n in system.trained},
-              "fixed": {n: t for n, t in parameters.items() if n not in system.trained}}
+              "others": {n: t for n, t in parameters.items() if n not in system.trained}}
     directory = os.path.join(path, "checkpoints")
     found = None
     if os.path.isdir(directory):
@@ -183,11 +254,13 @@ def load(path: str, **overrides: Any) -> Pipeline:
     if found is None:
         raise UserError(f"no checkpoint in {directory!r} yet; train first: python -m ldm_jax.main --config=... --workdir={path}")
     _, state, _ = found
-    defaults = dict(config.get("sampler") or {})
+    defaults = {"classifier_dir": "", "classifier_scale": 1.0, **(config.get("sampler") or {})}
     unknown = sorted(set(overrides) - set(defaults))
     if unknown:
         raise UserError(f"unknown override {unknown[0]!r}; choose from: {', '.join(sorted(defaults))}")
-    return Pipeline(system, {**state["ema"], **state["fixed"]}, {**defaults, **overrides})
+    defaults.update(overrides)
+    classifier = load(defaults["classifier_dir"]) if defaults["classifier_dir"] else None
+    return Pipeline(system, {**state["ema"], **state["others"]}, defaults, classifier=classifier)
 
 
 def read_config(workdir: str) -> dict:

@@ -46,13 +46,17 @@ def ddpm(variance: str = "small") -> Sampler:
     return Sampler(step)
 
 
-def ddim(eta=0.0) -> Sampler:
+def ddim(eta=0.0, bound=jnp.inf) -> Sampler:
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z, v = eta^2 (1 - r) sigma_s^2 (Song, Meng & Ermon 2021, eqs. 12, 16).
 
     eta = 0 is deterministic and integrates equation (4) by Euler's method; eta = 1 is `ddpm`. A scalar or [B], traced.
+    bound: x0 is clipped to [-bound, bound] and eps is left as it was, which many published models are sampled with; where both
+    should follow, clip the denoiser. A scalar or [B], traced.
     """
     def step(denoise, schedule, x, t, s, key, carry):
-        return ddim_move(schedule, *estimate(denoise, schedule, x, t), t, s, key, eta), carry
+        x0, eps = estimate(denoise, schedule, x, t)
+        limit = expand(bound, x)
+        return ddim_move(schedule, jnp.clip(x0, -limit, limit), eps, t, s, key, eta), carry
 
     return Sampler(step, order=order_if(eta == 0, 1))
 

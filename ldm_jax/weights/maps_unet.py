@@ -30,8 +30,8 @@ CONDITION = {**COMMON, "in_channels": 4, "out_channels": 4,
              "reverse_transformer_layers_per_block": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None,
              "use_linear_projection": False, "addition_embed_type": None, "addition_time_embed_dim": None,
              "upcast_attention": False, "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
-             "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3, "conv_out_kernel": 3,
-             "projection_class_embeddings_input_dim": None, "class_embeddings_concat": False}
+             "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None, "conv_in_kernel": 3,
+             "conv_out_kernel": 3, "projection_class_embeddings_input_dim": None, "class_embeddings_concat": False}
 PLAIN_ONLY = {"act_fn": ACTS, "resnet_time_scale_shift": ("default", "scale_shift"), "downsample_padding": (0, 1),
               "time_embedding_type": ("positional", "fourier", "learned"), "mid_block_type": ("UNetMidBlock2D", None),
               "class_embed_type": (None, "timestep", "identity"), "downsample_type": ("conv", "resnet"),
