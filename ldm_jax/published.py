@@ -61,7 +61,7 @@ def load_net(directory: str, *, dtype: str = "float32", param_dtype: str = "floa
 
 CONFIGS = {UNet: (configs.unet_config, maps_unet.unet_rules), DiT: (configs.dit_config, maps_dit.dit_rules),
            FirstStage: (configs.autoencoder_config, maps_autoencoder.autoencoder_rules),
-       XX
+           ClipText: (maps_clip.clip_text_config, maps_clip.clip_text_rules)}
 
 
 def save_net(directory: str, net: Any, params: PyTree) -> None:
