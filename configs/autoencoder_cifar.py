@@ -3,7 +3,8 @@
     python -m ldm_jax.main --config=configs/autoencoder_cifar.py --workdir=runs/autoencoder [--config.autoencoder.name=vq]
 
 It is the first stage of configs/ldm_cifar.py and configs/ldm_cifar_vq.py, which train it themselves; given to them as
---config.first_stage_dir it is used in its place. Sized for one GPU; time and result there: not yet measured.
+--config.first_stage_dir it is used in its place. Sized for one GPU; time and result there: not yet measured. `:laptop`, 700 updates of 8
+pictures on two CPU cores, takes about 3 minutes of CPU time: 25.0 dB with 256 numbers (KL), 23.6 dB with 64 codes (VQ).
 """
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder

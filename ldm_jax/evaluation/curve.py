@@ -51,7 +51,9 @@ def draw(plt: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
             axis.plot([r["bytes"] for r in mine], [r[name] for r in mine], "o-", label=kind.upper())
             for r in mine:
                 axis.annotate(r["values"], (r["bytes"], r[name]), textcoords="offset points", xytext=(4, -12), fontsize=8)
-        axis.set(xscale="log", xlabel="bytes kept (beside the points: values)", ylabel=label)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(xlabel="bytes kept (beside the points: values)", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend()
     return figure

@@ -1,6 +1,6 @@
 """Processes given as a table of alphas, and time grids, as published models were sampled with them.
 
-A sampler there asks the network at steps k between whole ones too, where the noise ratio tau = sigma / alpha is interpolated in k,
+A sampler there asks the network between whole steps k too, where the noise ratio tau = sigma / alpha is interpolated in k,
 either itself or its logarithm; `noising.from_betas` interpolates log alpha instead. At whole steps all three agree.
 """
 from typing import Any, Optional, Sequence
@@ -47,7 +47,7 @@ def published_grid(schedule: Schedule, steps, capacity: int, *, spacing: str = "
 
     Args:
       spacing: a row of GRIDS.
-      levels: "karras" or "exponential", in as many steps between the first and the last noise level of `spacing`; the time 0 follows.
+      levels: "karras" or "exponential", as many levels between the first and the last one of `spacing`, and then the time 0.
       whole_table: `levels` lie between those of the first and the last step of the process instead.
       last: the integer step at which it ends, -1 for data.
     """

@@ -12,12 +12,13 @@ from ldm_jax.types import Array, PyTree, UserError
 DROP = 0.1  # of published text-to-image models
 
 
-def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params: Mapping[str, PyTree], *, needs: Mapping[str, int],
-           penultimate: bool = False, time_ids: Optional[Sequence[float]] = None, zero_null: bool = False) -> Conditioner:
+def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params: Mapping[str, PyTree], *,
+           needs: Mapping[str, int], penultimate: bool = False, time_ids: Optional[Sequence[float]] = None,
+           zero_null: bool = False) -> Conditioner:
     """Texts as context [B, S, D] for cross-attention, D of all towers together.
 
-    A value is {"prompt": {tower: ids [B, S]}}, and "negative" likewise, the texts that guidance steers away from; a user gives a text,
-    a list of texts, or {"prompt": texts, "negative": texts}. Null, and the negative where none is given: the empty text.
+    A value is {"prompt": {tower: ids [B, S]}}, and "negative" likewise, the texts that guidance steers away from; a user gives a
+    text, a list of texts, or {"prompt": texts, "negative": texts}. Null, and the negative where none is given: the empty text.
 
     Args:
       towers: name -> tower, see `ldm_jax.models.clip.TextTower`. tokenizers: name -> (texts) -> (ids, mask, cut).

@@ -167,23 +167,23 @@ def pndm(config: Mapping[str, Any]) -> Sampling:
                     last=-1 if said["set_alpha_to_one"] else 0, **_common(config, said))
 
 
-def _in_levels(sampler: str, chosen: Mapping[str, Any], defaults: Mapping[str, Any] = {}, only: Mapping[str, Any] = {}) -> Callable:
+def _in_levels(sampler: str, defaults: Mapping[str, Any] = {}, only: Mapping[str, Any] = {}) -> Callable:
     """The reader of a scheduler that moves x / alpha from one noise level to another; its steps need not be whole."""
     def read(config: Mapping[str, Any]) -> Sampling:
         said = options(config, {**BETAS, "timestep_spacing": "linspace", **defaults}, {**ONLY, **only})
         levels = _levels(config, said) if "use_karras_sigmas" in said else {}
-        return Sampling(sampler=sampler, options=dict(chosen), rounded=False, time="exact",
+        return Sampling(sampler=sampler, options={}, rounded=False, time="exact",
                         scaled_start=said["timestep_spacing"] != "leading", **{**_common(config, said, ALMOST_ZERO), **levels})
 
     return read
 
 
-euler = _in_levels("ddim", {}, {**LEVELS, "rescale_betas_zero_snr": False}, {
-    **NO_BETA_LEVELS, "interpolation_type": ("linear",), "sigma_min": (None,), "sigma_max": (None,), "timestep_type": ("discrete",),
-    "final_sigmas_type": ("zero",)})
-euler_ancestral = _in_levels("euler_ancestral", {}, {"rescale_betas_zero_snr": False})
-lms = _in_levels("lms", {}, LEVELS, NO_BETA_LEVELS)
-heun = _in_levels("edm", {}, {**LEVELS, **CLIPS, "clip_sample": False, "beta_start": 0.00085, "beta_end": 0.012}, NO_BETA_LEVELS)
+euler = _in_levels("ddim", {**LEVELS, "rescale_betas_zero_snr": False}, {
+    **NO_BETA_LEVELS, "interpolation_type": ("linear",), "sigma_min": (None,), "sigma_max": (None,),
+    "timestep_type": ("discrete",), "final_sigmas_type": ("zero",)})
+euler_ancestral = _in_levels("euler_ancestral", {"rescale_betas_zero_snr": False})
+lms = _in_levels("lms", LEVELS, NO_BETA_LEVELS)
+heun = _in_levels("edm", {**LEVELS, **CLIPS, "clip_sample": False, "beta_start": 0.00085, "beta_end": 0.012}, NO_BETA_LEVELS)
 
 
 def _multistep(config: Mapping[str, Any], said: Mapping[str, Any], order: int) -> Dict[str, Any]:
@@ -201,9 +201,9 @@ def _multistep(config: Mapping[str, Any], said: Mapping[str, Any], order: int) -
 
 def dpm_solver(config: Mapping[str, Any]) -> Sampling:
     """DPMSolverMultistepScheduler. Its third order is refused: its second derivative is half of what it should be."""
-    said = options(config, {**BETAS, **THRESHOLDS, **LEVELS, "timestep_spacing": "linspace", "solver_order": 2, "solver_type": "midpoint",
-                            "algorithm_type": "dpmsolver++", "lower_order_final": True, "euler_at_final": False,
-                            "final_sigmas_type": "zero", "rescale_betas_zero_snr": False},
+    said = options(config, {**BETAS, **THRESHOLDS, **LEVELS, "timestep_spacing": "linspace", "solver_order": 2,
+                            "solver_type": "midpoint", "algorithm_type": "dpmsolver++", "lower_order_final": True,
+                            "euler_at_final": False, "final_sigmas_type": "zero", "rescale_betas_zero_snr": False},
                    {**ONLY, **NO_BETA_LEVELS, **NO_FLOW, "solver_order": (1, 2), "solver_type": ("midpoint", "heun"),
                     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"), "final_sigmas_type": ("zero", "sigma_min"),
                     "use_lu_lambdas": OFF, "lambda_min_clipped": lambda value: value is None or value == -np.inf,
@@ -213,7 +213,8 @@ def dpm_solver(config: Mapping[str, Any]) -> Sampling:
         found["time"] = "floor"
     if said["solver_order"] == 1:
         return Sampling(sampler="ddpm" if noisy else "ddim", options={}, endpoint=False, **found)
-    return Sampling(sampler="dpmpp_2m_sde" if noisy else "dpmpp_2m", options={"solver": said["solver_type"]}, endpoint=False, **found)
+    return Sampling(sampler="dpmpp_2m_sde" if noisy else "dpmpp_2m", options={"solver": said["solver_type"]}, endpoint=False,
+                    **found)
 
 
 def unipc(config: Mapping[str, Any]) -> Sampling:

@@ -1,4 +1,4 @@
-"""scheduler_config.json read and sampled here against diffusers walking the same scheduler, with a small known function as the net."""
+"""Published schedulers as they are read and sampled here against diffusers walking them, with a known function as the net."""
 import sys
 
 import jax
@@ -55,43 +55,38 @@ def ours(config, n):
     schedule, grid = schedule_and_grid(said)
     net = told(Net(Function(), SHAPE, SHAPE[-1], timesteps=1000), said)
     system = published(diffusion(net, image_shape=SHAPE, schedule=schedule, parameterization=said.target), schedule, said)
-    with jax.disable_jit():  # to compile every case would take longer than to run it
-        return np.asarray(system.sample({"net": {}}, jnp.asarray(NOISE), KEYS, None, steps=jnp.int32(n), capacity=n + 1, grid=grid,
-                                        sampler=make_sampler(said.sampler, **said.options)))
+    run = jax.jit(lambda x, steps: system.sample({"net": {}}, x, KEYS, None, sampler=make_sampler(said.sampler, **said.options),
+                                                 steps=steps, capacity=n + 1, grid=grid))
+    return np.asarray(run(NOISE, jnp.int32(n)))
 
 
 SCALED = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-LINEAR = [dict(beta_start=0.0005, beta_end=0.015), dict(beta_schedule="squaredcos_cap_v2"), dict(SCALED)]
 ZERO = dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
 KARRAS, EXPONENTIAL = dict(SCALED, use_karras_sigmas=True), dict(SCALED, use_exponential_sigmas=True)
-SPACINGS = [dict(SCALED, timestep_spacing=name) for name in ("linspace", "trailing")] + [
-    dict(SCALED, timestep_spacing="leading", steps_offset=1)]
-V = dict(SCALED, prediction_type="v_prediction")
+LEADING = dict(timestep_spacing="leading", steps_offset=1)
 CASES = [
-    *[("DDPMScheduler", n, c) for n, c in [(7, SCALED), (7, dict(SCALED, timestep_spacing="linspace")),
-                                           (7, dict(SCALED, timestep_spacing="trailing", prediction_type="sample")),
-                                           (6, dict(LINEAR[0], clip_sample_range=0.3, variance_type="fixed_small_log")),
-                                           (6, dict(clip_sample=False, prediction_type="v_prediction", variance_type="fixed_large")),
-                                           (6, dict(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1.1)),
-                                           (5, dict(ZERO, clip_sample=False)), (6, dict(num_train_timesteps=400)),
-                                           (6, dict(trained_betas=list(np.linspace(1e-3, 0.02, 500)), num_train_timesteps=500))]],
-    *[("DDIMScheduler", n, c) for n, c in [(7, SCALED), (10, dict(LINEAR[0], timestep_spacing="trailing", clip_sample=False)),
-                                           (7, dict(V, set_alpha_to_one=False, steps_offset=1, clip_sample_range=0.4)),
-                                           (10, dict(LINEAR[1], prediction_type="sample")), (5, dict(ZERO, clip_sample=False)),
-                                           (5, dict(SCALED, **ZERO))]],
-    *[("PNDMScheduler", n, c) for n, c in [(7, dict(SCALED, skip_prk_steps=True, steps_offset=1)), (10, SCALED),
-                                           (10, dict(SCALED, set_alpha_to_one=True, skip_prk_steps=True))]],
-    *[(name, 7, c) for name in ("EulerDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler") for c in [
-        *SPACINGS, KARRAS, EXPONENTIAL, V, dict(KARRAS, timestep_spacing="leading", steps_offset=1)]],
-    ("EulerDiscreteScheduler", 5, ZERO), ("HeunDiscreteScheduler", 6, dict(SCALED, clip_sample=True, clip_sample_range=0.5)),
-    *[("EulerAncestralDiscreteScheduler", 7, c) for c in [*SPACINGS, V, ZERO]],
-    *[(name, 7, c) for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler") for c in [
-        *SPACINGS, KARRAS, EXPONENTIAL, V, ZERO, dict(SCALED, solver_order=1), dict(LINEAR[1]), dict(prediction_type="sample"),
-        dict(SCALED, final_sigmas_type="sigma_min", lower_order_final=False),
-        dict(SCALED, thresholding=True, dynamic_thresholding_ratio=0.7)]],
-    *[("DPMSolverMultistepScheduler", 7, dict(SCALED, **c)) for c in [
-        dict(solver_type="heun"), dict(algorithm_type="sde-dpmsolver++"), dict(algorithm_type="sde-dpmsolver++", solver_order=1)]],
-    ("FlowMatchEulerDiscreteScheduler", 6, dict(shift=1.0)), ("FlowMatchEulerDiscreteScheduler", 6, dict(shift=3.0)),
+    ("DDPMScheduler", 7, dict(SCALED, timestep_spacing="linspace", clip_sample=False, prediction_type="sample")),
+    ("DDPMScheduler", 6, dict(beta_end=0.015, clip_sample_range=0.3, variance_type="fixed_small_log", num_train_timesteps=400)),
+    ("DDPMScheduler", 6, dict(thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=1.1,
+                              variance_type="fixed_large")),
+    ("DDIMScheduler", 7, dict(SCALED, **LEADING, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample_range=0.4)),
+    ("DDIMScheduler", 10, dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample=False)),
+    ("DDIMScheduler", 5, dict(ZERO, clip_sample=False)),
+    ("PNDMScheduler", 7, dict(SCALED, skip_prk_steps=True, steps_offset=1)),
+    ("PNDMScheduler", 10, dict(trained_betas=[1e-3 + 4e-5 * i for i in range(500)], num_train_timesteps=500)),
+    ("LMSDiscreteScheduler", 7, EXPONENTIAL),
+    ("EulerDiscreteScheduler", 7, dict(SCALED)),
+    ("EulerDiscreteScheduler", 7, dict(KARRAS, **LEADING)),
+    ("EulerDiscreteScheduler", 5, ZERO),
+    ("EulerAncestralDiscreteScheduler", 7, dict(SCALED, prediction_type="v_prediction")),
+    ("HeunDiscreteScheduler", 6, dict(SCALED, timestep_spacing="trailing", clip_sample=True, clip_sample_range=0.5)),
+    ("DPMSolverMultistepScheduler", 7, dict(KARRAS, solver_type="heun")),
+    ("DPMSolverMultistepScheduler", 7, dict(SCALED, final_sigmas_type="sigma_min", lower_order_final=False)),
+    ("DPMSolverMultistepScheduler", 7, dict(SCALED, algorithm_type="sde-dpmsolver++", thresholding=True, sample_max_value=1.2)),
+    ("DPMSolverMultistepScheduler", 7, dict(SCALED, solver_order=1, **LEADING)),
+    ("UniPCMultistepScheduler", 7, EXPONENTIAL),
+    ("UniPCMultistepScheduler", 7, ZERO),
+    ("FlowMatchEulerDiscreteScheduler", 6, dict(shift=3.0)),
 ]
 
 
