@@ -27,7 +27,7 @@ def from_ratios(abar: Sequence[float], log_between: bool = False, name: str = "t
                         f"[{abar.min(initial=np.inf):g}, {abar.max(initial=-np.inf):g}]")
     T, ratio = len(abar), np.sqrt((1 - abar) / abar)
     knots, values = (np.arange(T + 1) / T).astype(np.float32), np.concatenate([[0.0], ratio]).astype(np.float32)
-    logs, first = np.log(ratio).astype(np.float32), np.float32(ratio[0])
+    logs = np.log(ratio).astype(np.float32)
 
     def tau(t):
         even = jnp.interp(t, knots, values)
