@@ -5,4 +5,4 @@ set -eu
 cd "$(dirname "$0")/.."
 EXTRAS="${EXTRAS:-test}"
 . launch/setup.sh
-exec "$VENV/bin/python" -m pytest -n auto --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -17,6 +17,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    """The files of slow tests first: begun last, they would keep one core busy when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def _no_skips(report):
     """With LDM_JAX_NO_SKIPS set, what skips for want of a package fails instead."""
     if report.skipped and os.environ.get("LDM_JAX_NO_SKIPS") and not hasattr(report, "wasxfail"):
