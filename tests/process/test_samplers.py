@@ -351,7 +351,7 @@ def test_four_or_eight_examples():
 def test_options_may_differ_within_a_batch(name, option):
     """An array of settings [B] gives each example what it gets with its own setting alone."""
     schedule, x = compiled("linear"), prior(SCHEDULES["linear"](), KEY, (B, 2))
-    a, b = (1, 2) if option == "order" else (0.05, 0.3) if option == "delta" else (0.4, 0.9)
+    a, b = (1, 2) if option == "order" else (0.05, 0.3) if option in ("bound", "delta") else (0.4, 0.9)
     rest = dict(s_churn=2.0) if name == "edm" and option != "s_churn" else {}
 
     def run(value):
