@@ -13,13 +13,13 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 import jax.numpy as jnp
 
 from ldm_jax import process
-from ldm_jax.api import Pipeline
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.models.clip import clip_text
 from ldm_jax.models.net import Net
 from ldm_jax.process import tabled, thresholding
 from ldm_jax.process.samplers import grid_times
 from ldm_jax.published import load_net
+from ldm_jax.sampling import Pipeline
 from ldm_jax.systems import System
 from ldm_jax.systems.base import diffusion
 from ldm_jax.systems.conditioners import class_label

@@ -1,0 +1,222 @@
+"""A Pipeline makes pictures of a trained system: what a user says, checked and turned into arrays, and one compiled function."""
+import dataclasses
+import functools
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax import process
+from ldm_jax.systems import System
+from ldm_jax.systems.conditioners import class_label
+from ldm_jax.systems.conditions import Space
+from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_unit
+
+_CAPACITY = 64  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A trained system, ready to use.
+
+    Attributes:
+      system: what was trained.
+      params: its parameters by name, the averaged ones where there is an average.
+      defaults: what `sample` takes where it is told nothing: the `sampler` section of the run's config.
+      class_names: names of the classes, where the data has them.
+      classifier: a classifier of noisy images that takes part in every picture whose class is asked for, see `sample`.
+    """
+    system: System
+    params: Mapping[str, PyTree]
+    defaults: Mapping[str, Any]
+    class_names: Tuple[str, ...] = ()
+    classifier: Optional["Pipeline"] = None
+
+    def __post_init__(self):
+        if self.system.sample is not None:
+            object.__setattr__(self, "_sample", jax.jit(
+                functools.partial(_sample, self.system.sample),
+                static_argnames=("classify", "sampler", "static", "grid", "capacity", "trajectory")))
+
+    @property
+    def nets(self) -> Dict[str, Tuple[Any, PyTree]]:
+        """name -> (net, params); net.apply(params, ...) is the raw network."""
+        return {name: (net, self.params[name]) for name, net in self.system.nets.items()}
+
+    def sample(self, key: Any, num: Optional[int] = None, cond: Any = None, steps: Optional[int] = None, sampler: Optional[str] = None,
+               guidance: Any = None, x_init: Optional[Array] = None, *, grid: Any = None, batch_size: Optional[int] = None,
+               trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None, **options: Any) -> Any:
+        """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
+
+        Args:
+          key: a `jax.random.key`, or an int seed.
+          num: how many; by default as many as `cond` or `x_init` has, else 16.
+          cond: what the run's conditioner takes, such as class ids [num], one for each picture or one for all; where there are several
+            conditioners, a mapping from their names. What is left out is null, as None is altogether.
+          steps, sampler, guidance, grid: the run's where None. sampler is a row of `process.SAMPLERS`, grid one of `process.GRIDS` or a
+            function of the same form, such as functools.partial(grids.karras, rho=5); guidance is u + guidance (c - u): 1 is off.
+            u is without the conditions that training has dropped.
+          x_init: the starting noise [num, ...], N(0, I), in the space that is diffused.
+          batch_size: pictures at a time; the last batch is padded.
+          trajectory: also return the pictures at every step, [steps + 1, num, H, W, C].
+          classifier: a Pipeline of a classifier of noisy images, which guides each picture to the class that cond names, also where the
+            model itself knows no classes; in place of the run's. classifier_scale: how strongly, a number or one for each picture.
+          options: the sampler's own, such as eta=0.5 for "ddim"; a number, or one for each picture.
+
+        Returns:
+          [num, H, W, C] float32 in [0, 1].
+
+        Raises:
+          UserError: for an unknown name, a class out of range, arrays that do not fit, or a classifier of something else.
+        """
+        if self.system.sample is None:
+            raise UserError("this is a first stage, which reconstructs pictures and samples none; load the run that was trained on it"
+                            if self.system.reconstruct is not None else "this is a classifier, which samples no pictures; give it as "
+                            "classifier=... where a diffusion model samples")
+        sampler = sampler or self.defaults["name"]
+        steps = _positive("steps", self.defaults["steps"] if steps is None else steps)
+        grid = grid or self.defaults["grid"]
+        if isinstance(grid, str):
+            lookup(process.GRIDS, grid, "grid")
+        options = {**dict(self.defaults.get(sampler) or {}), **options}
+        process.samplers.make_sampler(sampler, **options)
+        key = _key(key)
+        classifier, wanted = classifier or self.classifier, classifier is not None
+        cond, labels = self._conditions(cond, classifier)
+        num = _positive("num", num if num is not None else _length((cond, labels), x_init))
+        guidance = self._guidance(guidance, cond, num)
+        cond, labels = _for_each((cond, labels), num)
+        if wanted and labels is None:
+            raise UserError("classifier guidance needs to know the class of each picture; give it in cond")
+        scale = self.defaults.get("classifier_scale", 1.0) if classifier_scale is None else classifier_scale
+        judge = None if classifier is None or labels is None else (classifier.params, labels, _scales("classifier_scale", scale, num))
+        shape = self.system.sample_shape
+        if x_init is None:
+            x_init = jax.jit(normal, static_argnums=1)(fold_in(example_keys(key, num), 0), (num, *shape))
+        x_init = jnp.asarray(x_init, jnp.float32)
+        if x_init.shape != (num, *shape):
+            raise UserError(f"x_init has shape {x_init.shape}; this model starts from {(num, *shape)}")
+        keys = fold_in(example_keys(key, num), 1)
+        size = min(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or 256))
+        static, numbers = process.samplers.split_options(sampler, options)
+        capacity = steps if trajectory else max(_CAPACITY, 1 << (steps - 1).bit_length())
+        for name, value in numbers.items():
+            if value.shape not in ((), (num,)):
+                raise UserError(f"{name} has shape {value.shape} for num={num} pictures; give one number, or one each")
+        pictures = []
+        for start in range(0, num, size):
+            take = np.minimum(np.arange(start, start + size), num - 1)
+            part = jax.tree.map(lambda a: a[take], (x_init, keys, cond, guidance))
+            judged = None if judge is None else (judge[0], judge[1][take], judge[2][take])
+            out = self._sample(self.params, *part, judged, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
+                               classify=None if judge is None else classifier.system.classify, sampler=sampler,
+                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory)
+            pictures.append(jax.tree.map(np.asarray, out))
+        if not trajectory:
+            return np.concatenate(pictures)[:num]
+        return np.concatenate([end for end, _ in pictures])[:num], np.concatenate([path for _, path in pictures], axis=1)[:, :num]
+
+    def _conditions(self, cond: Any, classifier: Optional["Pipeline"]):
+        """(conditioner's name -> value, class ids for the classifier or None), each array of one picture or of all."""
+        known = self.system.conditioners
+        names = ", ".join(known)
+        by_name = isinstance(cond, Mapping) and (len(known) != 1 or set(cond) <= {*known, "class"})
+        if cond is None:
+            given = {}
+        elif by_name:
+            given = {name: value for name, value in cond.items() if value is not None}
+        elif len(known) == 1:
+            given = {next(iter(known)): cond}
+        elif known:
+            raise UserError(f"this model takes several conditions, {names}; give cond as a mapping from those names")
+        else:
+            given = {"class": cond}
+        label = next((name for name, c in known.items() if "num_classes" in c.needs), None)
+        of_classifier = classifier is not None and label is None and "class" in given
+        extra = sorted(set(given) - set(known) - ({"class"} if of_classifier else set()))
+        if extra:
+            raise UserError(f"this model has no condition {extra[0]!r}; it takes: {names}" if known else
+                            "this model takes no condition; leave cond out")
+        missing = [name for name, c in known.items() if not c.drop and name not in given]
+        if missing:
+            raise UserError(f"this model needs the condition {missing[0]!r}, which its training never dropped (drop=0); give it in cond")
+        values = {name: known[name].read(value) for name, value in given.items() if name in known}
+        if classifier is None:
+            return values, None
+        self._check_classifier(classifier.system)
+        if of_classifier:
+            space = Space(self.system.image_shape, self.system.sample_shape, classifier.system.num_classes)
+            return values, class_label(space).read(given["class"])
+        return values, values.get(label)
+
+    def _check_classifier(self, other: System) -> None:
+        if other.classify is None:
+            raise UserError("the run given as classifier is none; train one with config.system='classifier'")
+        ours, theirs = self.system.sample_shape, tuple(other.sample_shape or other.image_shape)
+        if ours != theirs:
+            raise UserError(f"the classifier sees x_t of shape {theirs}, this model diffuses {ours}; train a classifier in that space")
+        if self.system.num_classes not in (None, other.num_classes):
+            raise UserError(f"the classifier knows {other.num_classes} classes, this model {self.system.num_classes}; train one on "
+                            f"the same data")
+
+    def _guidance(self, guidance: Any, cond: Mapping[str, Any], num: int):
+        """[num] scales, or None where guidance is off, in which case the unconditional half is not computed."""
+        droppable = [name for name, c in self.system.conditioners.items() if c.drop]
+        scale = _scales("guidance", self.defaults["guidance"] if guidance is None else guidance, num)
+        if guidance is not None and cond and not droppable and np.any(scale != 1.0):
+            raise UserError(f"guidance={guidance} needs a condition that training has dropped; this model's have drop=0: "
+                            f"{', '.join(cond)}")
+        return None if not set(droppable) & set(cond) or np.all(scale == 1.0) else scale
+
+
+def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, *, classify, sampler, static, grid, capacity, trajectory):
+    method = process.samplers.make_sampler(sampler, **numbers, **dict(static))
+    tilt = {}
+    if classify is not None:
+        weights, labels, scale = judged
+        tilt = dict(log_prob_scale=scale, log_prob=lambda x_t, t: jnp.take_along_axis(
+            jax.nn.log_softmax(classify(weights, x_t, t)), labels[:, None], 1)[:, 0])
+    out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory,
+               **tilt)
+    return jax.tree.map(to_unit, out)
+
+
+def _scales(name: str, value: Any, num: int) -> np.ndarray:
+    """float32 [num] from one number, or one for each picture."""
+    scale = np.asarray(value, np.float32)
+    if scale.shape not in ((), (1,), (num,)):
+        raise UserError(f"{name} has shape {scale.shape} for num={num} pictures; give one number, or one each")
+    return np.broadcast_to(scale, (num,))
+
+
+def _for_each(values: Any, num: int) -> Any:
+    """Arrays of one example or of `num`, as those of `num`."""
+    def broadcast(a):
+        if len(a) not in (1, num):
+            raise UserError(f"cond has shape {a.shape} for num={num} pictures; give one for each, or one for all")
+        return jnp.broadcast_to(jnp.asarray(a), (num, *a.shape[1:]))
+
+    return jax.tree.map(broadcast, values)
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise UserError(f"{name}={value!r} is not a positive whole number")
+    return int(value)
+
+
+def _length(cond: Any, x_init: Any) -> int:
+    lengths = [len(a) for a in jax.tree.leaves(cond)]
+    if max(lengths, default=1) == 1 and x_init is not None and np.ndim(x_init):
+        return len(x_init)
+    return max(lengths, default=16)
+
+
+def _key(key: Any) -> Array:
+    """A typed key from a typed key, an int seed, or the older uint32 [2] form."""
+    if isinstance(key, (int, np.integer)):
+        return jax.random.key(int(key))
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
