@@ -174,11 +174,12 @@ FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "sam
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE, prefix: str = "") -> list:
-    """Keys, dotted, whose values differ between two configs, but for those in `free`, which a run may change on its way."""
+    """Keys, dotted, whose values differ between two configs, but for those in `free`, which a run, or its first stage, may change on
+    its way."""
     out = []
     for key in sorted({*old, *new}):
         name, a, b = prefix + key, old.get(key), new.get(key)
-        if name in free:
+        if name.removeprefix("first_stage.") in free:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             out += changed(a, b, free, name + ".")
