@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from ldm_jax import process
 from ldm_jax.data.text import load_tokenizer
-from ldm_jax.models.clip import clip_text
 from ldm_jax.models.net import Net
 from ldm_jax.process import tabled, thresholding
 from ldm_jax.process.samplers import grid_times
@@ -27,7 +26,6 @@ from ldm_jax.systems.conditions import Conditioner, Space
 from ldm_jax.systems.latent import latent
 from ldm_jax.systems.prompts import prompt
 from ldm_jax.types import Array, PyTree, UserError, lookup
-from ldm_jax.weights.clip import load_text_tower
 from ldm_jax.weights.schedulers import Sampling, read_scheduler
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
@@ -102,7 +100,7 @@ class Source:
     def text(self, *names: str) -> Tuple[Dict[str, Any], Dict[str, PyTree], Dict[str, Callable]]:
         """(towers, parameters, tokenisers) by the towers' names, for "text_encoder" and the like."""
         read = {"dtype": self.options["dtype"], "variant": self.options["variant"]}
-        found = {name: load_text_tower(self.place(name), clip_text, **read) for name in names}
+        found = {name: load_net(self.place(name), **read) for name in names}
         tokenizers = {name: load_tokenizer(self.place(name.replace("text_encoder", "tokenizer"))) for name in names}
         return {name: net for name, (net, _) in found.items()}, {name: params for name, (_, params) in found.items()}, tokenizers
 

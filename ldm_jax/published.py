@@ -15,10 +15,9 @@ from ldm_jax.models.layers import num_groups
 from ldm_jax.models.unet import UNet, unet_of_levels
 from ldm_jax.types import PyTree, UserError, lookup
 from ldm_jax.weights import configs, layouts, maps_autoencoder, maps_clip, maps_dit, maps_unet, rules
-from ldm_jax.weights.clip import load_text_tower
 from ldm_jax.weights.stored import write_safetensors
 
-BUILDERS = {"unet_of_levels": unet_of_levels, "dit": dit, "kl": kl, "vq": vq}
+BUILDERS = {"unet_of_levels": unet_of_levels, "dit": dit, "kl": kl, "vq": vq, "clip_text": clip_text}
 PARAM_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -41,13 +40,10 @@ def load_net(directory: str, *, dtype: str = "float32", param_dtype: str = "floa
       UserError: for what cannot be read, options of the config that are not supported, and weights that do not fit it.
     """
     config = layouts.read_config(directory)
-    if "_class_name" not in config and config.get("model_type") == "clip_text_model":
-        if options or param_dtype != "float32":
-            raise UserError(f"a text tower takes no {', '.join(options) or 'param_dtype'}; leave it out")
-        return load_text_tower(directory, clip_text, dtype=dtype, variant=variant, place=place)
-    layout = lookup(layouts.LAYOUTS, config.get("_class_name"), "class of published net")
+    kind = config.get("_class_name", "CLIPTextModel" if config.get("model_type") == "clip_text_model" else None)
+    layout = lookup(layouts.LAYOUTS, kind, "class of published net")
     builder = BUILDERS[layout.builder]
-    arrays = layouts.open_weights(directory, variant)
+    arrays = layout.names(layouts.open_weights(directory, variant))
     arguments = {**layout.arguments(config, arrays), **options}
     try:
         net = builder(**arguments, dtype=dtype)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
 import numpy as np
 
 from ldm_jax.types import UserError
-from ldm_jax.weights import maps_autoencoder, maps_dit, maps_unet
+from ldm_jax.weights import maps_autoencoder, maps_clip, maps_dit, maps_unet
 from ldm_jax.weights.files import read_arrays
 from ldm_jax.weights.rules import Rule
 from ldm_jax.weights.stored import open_safetensors
@@ -38,6 +38,7 @@ class Layout(NamedTuple):
     builder: str
     arguments: Callable[[Mapping[str, Any], Mapping[str, Any]], Dict[str, Any]]
     rules: Callable[[Mapping[str, Any], Mapping[str, Any]], List[Rule]]
+    names: Callable = dict  # the arrays' names in older files -> those of the rules
 
 
 LAYOUTS = {
@@ -47,6 +48,7 @@ LAYOUTS = {
     "UNet2DConditionModel": Layout("unet_of_levels", maps_unet.condition_arguments, maps_unet.unet_rules),
     "DiTTransformer2DModel": Layout("dit", maps_dit.dit_arguments, maps_dit.dit_rules),
     "Transformer2DModel": Layout("dit", maps_dit.dit_arguments, maps_dit.dit_rules),
+    "CLIPTextModel": Layout("clip_text", maps_clip.clip_text_arguments, maps_clip.clip_text_rules, maps_clip.today),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from ldm_jax.data.bytepairs import LETTERS
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.models.clip import TEXT_TOWERS, clip_text
-from ldm_jax.weights.clip import load_text_tower
+from ldm_jax.published import load_net
 from ldm_jax.weights.maps_clip import clip_text_arguments, clip_text_config, clip_text_rules, today
 from ldm_jax.weights.rules import save
 from ldm_jax.weights.stored import write_safetensors
@@ -62,7 +62,7 @@ def test_tower(name, tmp_path):
     kind, options = TOWERS[name]
     model = peer(kind, options)
     model.save_pretrained(tmp_path)
-    net, params = load_text_tower(str(tmp_path), clip_text)
+    net, params = load_net(str(tmp_path))
     ids, mask = texts(0)
     for seen in (None, mask):
         with torch.no_grad():
@@ -87,19 +87,19 @@ def test_names_of_every_release(name, tmp_path):
     kind, options = TOWERS[name]
     model = peer(kind, options).half()
     model.save_pretrained(tmp_path)
-    _, want = load_text_tower(str(tmp_path), clip_text)
+    _, want = load_net(str(tmp_path))
     state = {k.removeprefix("text_model."): v for k, v in model.state_dict().items()}
     full = {k if k == "text_projection.weight" else f"text_model.{k}": v for k, v in state.items()}
     full["text_model.embeddings.position_ids"] = torch.arange(WORDS["max_position_embeddings"])[None]
     model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
-    jax.tree.map(np.testing.assert_array_equal, load_text_tower(str(tmp_path / "sharded"), clip_text)[1], want)
+    jax.tree.map(np.testing.assert_array_equal, load_net(str(tmp_path / "sharded"))[1], want)
     for i, names in enumerate((state, full)):
         folder = tmp_path / str(i)
         folder.mkdir()
         safetensors_torch.save_file(names, folder / "model.safetensors")
         (folder / "config.json").write_text((tmp_path / "config.json").read_text())
-        net, got = load_text_tower(str(folder), clip_text)
+        net, got = load_net(str(folder))
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
     arrays = save(clip_text_rules(net.arguments), got)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.models.clip import ACTIVATIONS, TEXT_TOWERS, clip_text
+from ldm_jax.published import load_net
 from ldm_jax.types import UserError
-from ldm_jax.weights.clip import load_text_tower
 from ldm_jax.weights.maps_clip import clip_text_arguments, clip_text_config, clip_text_rules
 from ldm_jax.weights.rules import save
 from ldm_jax.weights.stored import write_safetensors
@@ -40,7 +40,7 @@ def test_there_and_back(tmp_path, activation, eos_id, projection_dim):
     net = clip_text(**SMALL, activation=activation, eos_id=eos_id, projection_dim=projection_dim)
     params = random_params(net)
     publish(tmp_path, net, params)
-    again, loaded = load_text_tower(str(tmp_path), clip_text)
+    again, loaded = load_net(str(tmp_path))
     assert again == net
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
@@ -49,7 +49,7 @@ def test_there_and_back(tmp_path, activation, eos_id, projection_dim):
 def test_without_architectures_the_file_tells(tmp_path, projection_dim):
     net = clip_text(**SMALL, projection_dim=projection_dim)
     publish(tmp_path, net, random_params(net), architectures=None)
-    assert load_text_tower(str(tmp_path), clip_text)[0] == net
+    assert load_net(str(tmp_path))[0] == net
 
 
 def test_placed_where_asked(tmp_path):
@@ -62,7 +62,7 @@ def test_placed_where_asked(tmp_path):
         spec = (None, None, "fsdp") if path.endswith("mlp_in/kernel") else ()
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-    _, loaded = load_text_tower(str(tmp_path), clip_text, place=place)
+    _, loaded = load_net(str(tmp_path), place=place)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert {s.data.shape for s in loaded["blocks"]["mlp_in"]["kernel"].addressable_shards} == {(2, 24, 2)}
 
@@ -90,4 +90,4 @@ def test_arrays_refused(tmp_path, damage, words):
     damage(arrays)
     write_safetensors(str(tmp_path / "model.safetensors"), arrays)
     with pytest.raises(UserError, match=words):
-        load_text_tower(str(tmp_path), clip_text)
+        load_net(str(tmp_path))
