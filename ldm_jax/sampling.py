@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm_jax import process
 from ldm_jax.systems import System
-from ldm_jax.systems.conditioners import class_label
+from ldm_jax.systems.conditioners import class_label, read_masks, read_pictures
 from ldm_jax.systems.conditions import Space
 from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_unit
 
@@ -37,7 +37,11 @@ class Pipeline:
         if self.system.sample is not None:
             object.__setattr__(self, "_sample", jax.jit(
                 functools.partial(_sample, self.system.sample),
-                static_argnames=("classify", "sampler", "static", "grid", "capacity", "trajectory")))
+                static_argnames=("classify", "sampler", "static", "grid", "capacity", "trajectory", "begun", "decoded")))
+
+    def with_defaults(self, **changes: Any) -> "Pipeline":
+        """The same with other `defaults`."""
+        return dataclasses.replace(self, defaults={**self.defaults, **changes})
 
     @property
     def nets(self) -> Dict[str, Tuple[Any, PyTree]]:
@@ -46,7 +50,8 @@ class Pipeline:
 
     def sample(self, key: Any, num: Optional[int] = None, cond: Any = None, steps: Optional[int] = None, sampler: Optional[str] = None,
                guidance: Any = None, x_init: Optional[Array] = None, *, grid: Any = None, batch_size: Optional[int] = None,
-               trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None, **options: Any) -> Any:
+               trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None, image: Any = None, mask: Any = None,
+               strength: Optional[float] = None, window: Tuple[float, float] = (0.0, 1.0), **options: Any) -> Any:
         """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
 
         Args:
@@ -62,6 +67,12 @@ class Pipeline:
           trajectory: also return the pictures at every step, [steps + 1, num, H, W, C].
           classifier: a Pipeline of a classifier of noisy images, which guides each picture to the class that cond names, also where the
             model itself knows no classes; in place of the run's. classifier_scale: how strongly, a number or one for each picture.
+          image: pictures, uint8 or in [0, 1], one for all or one for each, that are changed: noised to where the last `strength` of the
+            steps begin (Meng et al. 2022). A model of enlarged pictures takes the small ones here.
+          mask: [H, W], 1 where `image` is made anew; the rest of it is kept. strength: in (0, 1], by default 0.8, and 1 with a mask,
+            for which it starts from noise alone.
+          window: the part of the way from noise (0) to data (1) that is made. One that ends before 1 gives x_t, one that begins after 0
+            takes it as x_init: a model for the first part and another for the rest (Podell et al. 2023, section 2.5).
           options: the sampler's own, such as eta=0.5 for "ddim"; a number, or one for each picture.
 
         Returns:
@@ -83,10 +94,12 @@ class Pipeline:
         process.samplers.make_sampler(sampler, **options)
         key = _key(key)
         classifier, wanted = classifier or self.classifier, classifier is not None
-        cond, labels = self._conditions(cond, classifier)
-        num = _positive("num", num if num is not None else _length((cond, labels), x_init))
+        given, edit = self._pictures(image, mask, strength, window)
+        cond, labels = self._conditions(cond, given, classifier)
+        num = _positive("num", num if num is not None else _length((cond, labels, edit["image"], edit["known"]), x_init))
         guidance = self._guidance(guidance, cond, num)
         cond, labels = _for_each((cond, labels), num)
+        edited = {name: _for_each(edit[name], num) for name in ("image", "known")}
         if wanted and labels is None:
             raise UserError("classifier guidance needs to know the class of each picture; give it in cond")
         scale = self.defaults.get("classifier_scale", 1.0) if classifier_scale is None else classifier_scale
@@ -97,6 +110,8 @@ class Pipeline:
         x_init = jnp.asarray(x_init, jnp.float32)
         if x_init.shape != (num, *shape):
             raise UserError(f"x_init has shape {x_init.shape}; this model starts from {(num, *shape)}")
+        if trajectory and edit["window"] is not None and edit["window"][1] < 1:
+            raise UserError(f"trajectory=True shows pictures, and window={window} ends before there are any")
         keys = fold_in(example_keys(key, num), 1)
         size = min(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or 256))
         static, numbers = process.samplers.split_options(sampler, options)
@@ -107,31 +122,61 @@ class Pipeline:
         pictures = []
         for start in range(0, num, size):
             take = np.minimum(np.arange(start, start + size), num - 1)
-            part = jax.tree.map(lambda a: a[take], (x_init, keys, cond, guidance))
+            part = jax.tree.map(lambda a: a[take], (x_init, keys, cond, guidance, edited))
             judged = None if judge is None else (judge[0], judge[1][take], judge[2][take])
+            *part, changes = part
             out = self._sample(self.params, *part, judged, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
+                               {**changes, "strength": edit["strength"], "window": edit["window"]},
                                classify=None if judge is None else classifier.system.classify, sampler=sampler,
-                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory)
+                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory, begun=edit["begun"], decoded=edit["decoded"])
             pictures.append(jax.tree.map(np.asarray, out))
         if not trajectory:
             return np.concatenate(pictures)[:num]
         return np.concatenate([end for end, _ in pictures])[:num], np.concatenate([path for _, path in pictures], axis=1)[:, :num]
 
-    def _conditions(self, cond: Any, classifier: Optional["Pipeline"]):
-        """(conditioner's name -> value, class ids for the classifier or None), each array of one picture or of all."""
+    def _pictures(self, image: Any, mask: Any, strength: Any, window: Tuple[float, float]):
+        """(conditions among the pictures, by name; how the start and the steps are changed)."""
+        known, shape, (begin, end) = self.system.conditioners, self.system.image_shape, window
+        if not 0 <= begin < end <= 1:
+            raise UserError(f"window={window} must be two numbers, 0 <= begin < end <= 1")
+        edit = {"image": None, "known": None, "strength": np.float32(1.0), "begun": begin > 0, "decoded": end == 1,
+                "window": None if (begin, end) == (0, 1) else (np.float32(begin), np.float32(end))}
+        if image is None:
+            if mask is not None or strength is not None:
+                raise UserError("mask and strength say what becomes of a picture; give it as image=...")
+            return {}, edit
+        if "low_resolution" in known:
+            return {"low_resolution": image}, edit
+        if begin > 0:
+            raise UserError(f"window={window} begins with x_init, beside which there is no place for image; leave one of them out")
+        if strength is None:
+            strength = self.defaults.get("strength", 0.8) if mask is None else 1.0
+        if not 0 < strength <= 1:
+            raise UserError(f"strength={strength} must be in (0, 1]: the part of the steps that is made")
+        pictures = read_pictures(image, shape) * 2.0 - 1.0
+        edit["strength"] = np.float32(strength)
+        if mask is None or strength < 1:
+            edit["image"] = pictures
+        if mask is not None and "masked_image" in known:
+            return {"masked_image": {"image": image, "mask": mask}}, edit
+        if mask is not None:
+            edit["known"] = (pictures, 1.0 - read_masks(mask, shape[:2]))
+        return {}, edit
+
+    def _conditions(self, cond: Any, given: Mapping[str, Any], classifier: Optional["Pipeline"]):
+        """(conditioner's name -> value, class ids for the classifier or None), each array of one picture or of all.
+
+        given: those that are named already.
+        """
         known = self.system.conditioners
-        names = ", ".join(known)
-        by_name = isinstance(cond, Mapping) and (len(known) != 1 or set(cond) <= {*known, "class"})
-        if cond is None:
-            given = {}
-        elif by_name:
-            given = {name: value for name, value in cond.items() if value is not None}
-        elif len(known) == 1:
-            given = {next(iter(known)): cond}
-        elif known:
+        names, rest = ", ".join(known), [name for name in known if name not in given]
+        by_name = isinstance(cond, Mapping) and (len(rest) != 1 or set(cond) <= {*known, "class"})
+        if by_name:
+            given = {**given, **{name: value for name, value in cond.items() if value is not None}}
+        elif cond is not None and len(rest) > 1:
             raise UserError(f"this model takes several conditions, {names}; give cond as a mapping from those names")
-        else:
-            given = {"class": cond}
+        elif cond is not None:
+            given = {**given, rest[0] if rest else "class": cond}
         label = next((name for name, c in known.items() if "num_classes" in c.needs), None)
         of_classifier = classifier is not None and label is None and "class" in given
         extra = sorted(set(given) - set(known) - ({"class"} if of_classifier else set()))
@@ -170,7 +215,8 @@ class Pipeline:
         return None if not set(droppable) & set(cond) or np.all(scale == 1.0) else scale
 
 
-def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, *, classify, sampler, static, grid, capacity, trajectory):
+def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, edit, *, classify, sampler, static, grid, capacity, trajectory,
+            begun, decoded):
     method = process.samplers.make_sampler(sampler, **numbers, **dict(static))
     tilt = {}
     if classify is not None:
@@ -178,8 +224,8 @@ def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, *, cl
         tilt = dict(log_prob_scale=scale, log_prob=lambda x_t, t: jnp.take_along_axis(
             jax.nn.log_softmax(classify(weights, x_t, t)), labels[:, None], 1)[:, 0])
     out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory,
-               **tilt)
-    return jax.tree.map(to_unit, out)
+               begun=begun, decoded=decoded, **edit, **tilt)
+    return jax.tree.map(to_unit, out) if decoded else out
 
 
 def _scales(name: str, value: Any, num: int) -> np.ndarray:

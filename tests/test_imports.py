@@ -14,7 +14,7 @@ ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own
     "weights": set(),
     "types.py": set(), "recipe.py": {"process", "models", "data", "systems", "training", "weights"},
     "sampling.py": {"process", "systems"}, "api.py": {"sampling", "recipe", "training", "pipelines"},
-    "pipelines.py": {"process", "models", "data", "systems", "weights", "published", "sampling"},
+    "pipelines": {"process", "models", "data", "systems", "weights", "published", "sampling"},
     "published.py": {"models", "weights"},
     "run.py": {"api", "drawing", "recipe", "stages", "data", "evaluation", "training"},
     "drawing.py": {"api", "recipe", "evaluation"},

@@ -3,7 +3,7 @@
 All are thin functions over `sample`; `denoise`, `schedule`, `grid`, `sampler`, `steps`, `capacity`, `trajectory` and the
 sampler's options mean what they mean there, and pictures are in the space that is diffused.
 """
-from typing import Any, Callable, List, Optional, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,38 @@ def noised(schedule: Schedule, x0: Array, t: Array, key: Array) -> Array:
     return alpha * x0 + sigma * normal(key, x0.shape)
 
 
-def sdedit(denoise: Denoise, schedule: Schedule, x0: Array, key: Array, *, strength=0.6, steps=50,
-           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, **options: Any) -> Any:
-    """Image to image (Meng et al. 2022): noise x0 to the time where `strength` of the grid's steps are left, sample from there.
+def last_steps(times: Array, steps, strength) -> Tuple[Array, Array]:
+    """(times, how many steps) of the last floor(strength steps) steps of a grid, at least one.
 
-    strength: in (0, 1], a number or [B], may be traced; round(strength steps), at least one, steps are made.
+    times: [capacity + 1], or [capacity + 1, B]. strength: in (0, 1], a number or [B]; both may be traced.
     """
-    capacity = room_for(steps, capacity)
-    times = grid_times(grid, schedule, steps, capacity)
+    capacity = len(times) - 1
     total, strength = jnp.broadcast_arrays(jnp.asarray(steps), jnp.asarray(strength))
-    kept = jnp.clip(jnp.round(strength * total), 1, total).astype(jnp.int32)
+    kept = jnp.clip(jnp.floor(strength * total + 1e-3), 1, total).astype(jnp.int32)
     index = jnp.minimum(jnp.arange(capacity + 1).reshape((-1,) + (1,) * kept.ndim) + (total - kept)[None], total[None])
     if times.ndim == 1:
-        times = times[index]
-    else:
-        times = jnp.take_along_axis(times, jnp.broadcast_to(index.reshape(capacity + 1, -1), times.shape), axis=0)
+        return times[index], kept
+    return jnp.take_along_axis(times, jnp.broadcast_to(index.reshape(capacity + 1, -1), times.shape), axis=0), kept
+
+
+def between(times: Array, steps, window: Tuple[Any, Any]) -> Tuple[Array, Array]:
+    """(times, how many steps) of the steps of a grid [capacity + 1] that start at 1 - window[1] < t <= 1 - window[0].
+
+    window: parts of the way from noise to data. Windows that meet share no step and leave none out.
+    """
+    real = jnp.arange(len(times)) < steps
+    first, last = (jnp.sum(real & (times > 1 - part + 1e-5)) for part in window)
+    return times[jnp.minimum(first + jnp.arange(len(times)), last)], last - first
+
+
+def sdedit(denoise: Denoise, schedule: Schedule, x0: Array, key: Array, *, strength=0.6, steps=50,
+           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, **options: Any) -> Any:
+    """Image to image (Meng et al. 2022): noise x0 to where the last `strength` of the grid's steps begin, and sample from there.
+
+    strength: see `last_steps`.
+    """
+    capacity = room_for(steps, capacity)
+    times, kept = last_steps(grid_times(grid, schedule, steps, capacity), steps, strength)
     keys = example_keys(key, x0.shape[0])
     x = noised(schedule, x0, times[0], fold_in(keys, 0))
     return sample(denoise, schedule, x, fold_in(keys, 1), steps=kept, grid=times, capacity=capacity, **options)

@@ -60,7 +60,8 @@ class Codec:
     decode: Callable[[PyTree, Array], Array] = lambda params, x0: x0
 
 
-_CONDITION = 2**31 - 1  # folded into a sampling key for the conditions' noise; a step's own is folded with its index
+# folded into a sampling key for the noise of the conditions and of the pictures' latents; a step's own is folded with its index
+_CONDITION, _PICTURE = 2**31 - 1, 2**31 - 2
 
 
 def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Schedule, parameterization: str, times: Any = "uniform",
@@ -105,11 +106,16 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
         return process.denoiser(predict, schedule, parameterization, learned_variance=learned_variance)
 
     def sample(params, x: Array, keys: Array, cond: Optional[Mapping[str, PyTree]], *, sampler: process.Sampler, steps,
-               capacity: int, grid="uniform", guidance=None, log_prob=None, log_prob_scale=1.0, trajectory: bool = False):
+               capacity: int, grid="uniform", guidance=None, log_prob=None, log_prob_scale=1.0, trajectory: bool = False,
+               start=None, image=None, strength=1.0, known=None, window=None, begun: bool = False, decoded: bool = True):
         """Pictures from the starting noise x [B, ...] and keys [B].
 
         cond: conditioner's name -> value; those left out are null. guidance: None, for which none is computed, or a number or [B].
         log_prob: (x_t, t) -> log p(y | x_t) [B] of a classifier, whose gradient takes part with log_prob_scale, a number or [B].
+        start: what the noise is multiplied by; sigma(1) where None.
+        image: pictures [B, H, W, C] in [-1, 1] to start from, noised by x to where the last `strength` of the steps begin.
+        known: (pictures, mask [B, H, W, 1]): what is kept where the mask is 1. window: see `process.editing.between`.
+        begun: x is x_t at the window's begin. decoded: return pictures, otherwise x_t.
         """
         given, without = conditions.of_values(conditioners, params, cond or {}, fold_in(keys, _CONDITION), codec)
         predict = denoise(params, given)
@@ -123,13 +129,29 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
             predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(both), guidance)
         if log_prob is not None:
             predict = process.GUIDANCE["classifier"](predict, log_prob, log_prob_scale, schedule)
-        x = expand(schedule.sigma(jnp.float32(1.0)), x) * x
+
+        def latents(pictures):
+            return codec.encode(params, {"image": pictures}, fold_in(keys, _PICTURE))
+
+        if image is not None or window is not None:
+            grid = process.samplers.grid_times(grid, schedule, steps, capacity)
+            if window is not None:
+                grid, steps = process.editing.between(grid, steps, window)
+            if image is not None:
+                grid, steps = process.editing.last_steps(grid, steps, strength)
+        if image is not None:
+            x = schedule.alpha(grid[0]) * latents(image) + schedule.sigma(grid[0]) * x
+        elif not begun:
+            x = (schedule.sigma(jnp.float32(1.0)) if start is None else start) * x
+        if known is not None:
+            pictures, mask = known
+            rows, columns = (n // m for n, m in zip(mask.shape[1:3], x.shape[1:3]))
+            sampler = process.editing.keeping(sampler, latents(pictures), mask[:, ::rows, ::columns])
         out = process.sample(predict, schedule, x, keys, sampler=sampler, steps=steps, grid=grid, capacity=capacity,
                              trajectory=trajectory)
-        if not trajectory:
-            return codec.decode(params, out)
-        end, visited = out
-        return codec.decode(params, end), jax.lax.map(lambda x_t: codec.decode(params, x_t), visited["x"])
+        end, visited = out if trajectory else (out, None)
+        end = codec.decode(params, end) if decoded else end
+        return (end, jax.lax.map(lambda x_t: codec.decode(params, x_t), visited["x"])) if trajectory else end
 
     return System(nets={"net": net, **others}, trained=("net",), init=init, loss_fn=loss_fn, image_shape=image_shape,
                   conditioners=conditioners, num_classes=conditions.needs(conditioners).get("num_classes"), sample=sample,

@@ -121,7 +121,7 @@ def low_resolution(space: Space, *, factor: int = 4, max_noise: float = 0.5, met
         if level.ndim > 1 or level.min() < 0 or level.max() > max_noise:
             raise UserError(f"level={given['level']!r} of a low-resolution picture: give numbers from 0 to {max_noise}, one "
                             f"each or one for all")
-        return _together({"image": _pictures(given["image"], small), "level": np.atleast_1d(level).astype(np.float32)})
+        return _together({"image": read_pictures(given["image"], small), "level": np.atleast_1d(level).astype(np.float32)})
 
     return Conditioner(needs={"concat_channels": C, "vector_dim": 1}, fields=("image",), drop=drop, read=read, draw=draw,
                        encode=encode, null=lambda n: {"concat": jnp.zeros((n, *size, C)), "vector": jnp.zeros((n, 1))},
@@ -163,10 +163,10 @@ def semantic_map(space: Space, *, classes: int, field: str = "map", drop: float 
 def masked_image(space: Space, *, smallest: float = 0.25, largest: float = 0.75, drop: float = 0.0) -> Conditioner:
     """A picture of which a part is to be kept, concatenated to x_t with its mask: inpainting.
 
-    A value is {"image": [B, H, W, C] in [0, 1], "mask": [B, H, W, 1]}, the mask 1 where the picture is kept and 0 where it is to be
-    made. The net gets picture x mask, with the picture in [-1, 1], and the mask; in latent systems the encoder's answer to
-    picture x mask and the mask at the pixels nearest to the latents (Rombach et al. 2022, section 4.5). Null: zeros, the picture
-    of which nothing is kept.
+    A value is {"image": [B, H, W, C] in [0, 1], "mask": [B, H, W, 1]}, the mask 1 where the picture is to be made anew. The net gets
+    the mask and picture x (1 - mask), with the picture in [-1, 1]; in latent systems every H / h-th row and W / w-th column of the
+    mask, and the encoder's answer to picture x (1 - mask) (Rombach et al. 2022, section 4.5). Null: a mask of ones, and zeros: the
+    picture of which nothing is kept.
 
     Args:
       smallest, largest: training takes out one rectangle; each side is drawn between these parts of the picture's.
@@ -175,8 +175,10 @@ def masked_image(space: Space, *, smallest: float = 0.25, largest: float = 0.75,
     h, w, c = space.shape
     if not 0.0 < smallest <= largest <= 1.0:
         raise UserError(f"smallest={smallest}, largest={largest} of masked_image must satisfy 0 < smallest <= largest <= 1")
+    if H % h or W % w:
+        raise UserError(f"a mask of {H}x{W} has no whole stride to {h}x{w}")
 
-    def outside(key):
+    def rectangle(key):
         """The mask of one rectangle, [H, W, 1]."""
         inside = jnp.ones((H, W), bool)
         for axis, n in enumerate((H, W)):
@@ -185,34 +187,50 @@ def masked_image(space: Space, *, smallest: float = 0.25, largest: float = 0.75,
             start = jnp.floor(u[1] * (n - side + 1))
             line = (jnp.arange(n) >= start) & (jnp.arange(n) < start + side)
             inside &= line[:, None] if axis == 0 else line[None, :]
-        return 1.0 - inside[..., None].astype(jnp.float32)
+        return inside[..., None].astype(jnp.float32)
 
     def draw(batch, keys):
-        return {"image": to_signed(batch["image"]) * 0.5 + 0.5, "mask": jax.vmap(outside)(keys)}
+        return {"image": to_signed(batch["image"]) * 0.5 + 0.5, "mask": jax.vmap(rectangle)(keys)}
 
     def encode(params, value, keys, codec):
-        masked = codec.encode(params, {"image": (value["image"] * 2.0 - 1.0) * value["mask"]}, keys)
-        return {"concat": jnp.concatenate([masked, _resize(value["mask"], (h, w), "nearest")], -1)}
+        masked = codec.encode(params, {"image": (value["image"] * 2.0 - 1.0) * (1.0 - value["mask"])}, keys)
+        return {"concat": jnp.concatenate([value["mask"][:, ::H // h, ::W // w], masked], -1)}
 
     def read(value):
         if not isinstance(value, Mapping):
-            raise UserError('a masked picture is given as {"image": pictures, "mask": 1 where they are kept, 0 elsewhere}')
+            raise UserError('a masked picture is given as {"image": pictures, "mask": 1 where they are made anew, 0 elsewhere}')
         _parts(value, ("image", "mask"), (), "a masked picture")
-        mask = _array(value["mask"], "biuf", "a mask of 0 and 1")
-        mask = mask[..., 0] if mask.ndim > 2 and mask.shape[-1] == 1 and mask.shape[-3:-1] == (H, W) else mask
-        mask = _examples(mask, (H, W), "masks")[..., None].astype(np.float32)
-        if not np.isin(mask, (0.0, 1.0)).all():
-            raise UserError("a mask must hold 0 (to be made) and 1 (to be kept) only")
-        return _together({"image": _pictures(value["image"], (H, W, C)), "mask": mask})
+        return _together({"image": read_pictures(value["image"], (H, W, C)), "mask": read_masks(value["mask"], (H, W))})
+
+    def null(n):
+        return {"concat": jnp.broadcast_to(jnp.arange(c + 1) == 0, (n, h, w, c + 1)).astype(jnp.float32)}
 
     return Conditioner(needs={"concat_channels": c + 1}, fields=("image",), drop=drop, read=read, draw=draw, encode=encode,
-                       null=lambda n: {"concat": jnp.zeros((n, h, w, c + 1))},
-                       show=lambda value: value["image"] * value["mask"] + 0.5 * (1.0 - value["mask"]))
+                       null=null, show=lambda value: value["image"] * (1.0 - value["mask"]) + 0.5 * value["mask"])
 
 
 # name -> (space, options) -> Conditioner
 CONDITIONERS = {"class": class_label, "sequence": sequence, "vector": vector, "low_resolution": low_resolution,
                 "semantic_map": semantic_map, "masked_image": masked_image}
+
+
+def read_pictures(value: Any, shape: Tuple[int, int, int]) -> np.ndarray:
+    """Pictures of a user, uint8 or in [0, 1], as float32 [n, H, W, C] in [0, 1]."""
+    image = _array(value, "fiu", f"pictures {shape}, uint8 or in [0, 1]")
+    image = _examples(image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0), shape, "pictures")
+    if image.min() < 0.0 or image.max() > 1.0:
+        raise UserError(f"pictures with values from {image.min():.3g} to {image.max():.3g} were given; give uint8, or [0, 1]")
+    return image
+
+
+def read_masks(value: Any, size: Tuple[int, int]) -> np.ndarray:
+    """Masks of a user, [H, W], [n, H, W] or with a last axis of 1, of 0 and 1 or 0 and 255, as float32 [n, H, W, 1] of 0 and 1."""
+    mask = _array(value, "biuf", "a mask of 0 and 1")
+    mask = mask[..., 0] if mask.ndim > 2 and mask.shape[-1] == 1 and mask.shape[-3:-1] == tuple(size) else mask
+    mask = _examples(mask, tuple(size), "masks")[..., None].astype(np.float32) / (255.0 if mask.dtype == np.uint8 and mask.max() > 1 else 1.0)
+    if not np.isin(mask, (0.0, 1.0)).all():
+        raise UserError("a mask must hold 0 (to be kept) and 1 (to be made anew) only")
+    return mask
 
 
 def _resize(image: Array, size: Tuple[int, int], method: str) -> Array:
@@ -247,15 +265,6 @@ def _examples(array: np.ndarray, shape: Tuple[int, ...], what: str) -> np.ndarra
     if array.shape[1:] != shape:
         raise UserError(f"{what} of shape {array.shape} were given; this model takes {shape} for each picture, or one for all")
     return array
-
-
-def _pictures(value: Any, shape: Tuple[int, int, int]) -> np.ndarray:
-    """Pictures of a user, uint8 or in [0, 1], as float32 [n, H, W, C] in [0, 1]."""
-    image = _array(value, "fiu", f"pictures {shape}, uint8 or in [0, 1]")
-    image = _examples(image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0), shape, "pictures")
-    if image.min() < 0.0 or image.max() > 1.0:
-        raise UserError(f"pictures with values from {image.min():.3g} to {image.max():.3g} were given; give uint8, or [0, 1]")
-    return image
 
 
 def _in_range(what: str, ids: np.ndarray, count: int, of: str = "") -> None:

@@ -1,4 +1,5 @@
 """The conditioner of texts: prompts through text towers, whose parameters are the system's by the towers' names."""
+import functools
 import warnings
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -14,7 +15,7 @@ DROP = 0.1  # of published text-to-image models
 
 def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params: Mapping[str, PyTree], *,
            needs: Mapping[str, int], penultimate: bool = False, time_ids: Optional[Sequence[float]] = None,
-           zero_null: bool = False) -> Conditioner:
+           negative_time_ids: Optional[Sequence[float]] = None, zero_null: bool = False) -> Conditioner:
     """Texts as context [B, S, D] for cross-attention, D of all towers together.
 
     A value is {"prompt": {tower: ids [B, S]}}, and "negative" likewise, the texts that guidance steers away from; a user gives a
@@ -25,16 +26,19 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
       params: name -> the parameters of that tower, with which the empty text is encoded.
       needs: what the net is built with for it.
       penultimate: the states before the last block are the context, otherwise those after the last norm.
-      time_ids: numbers that go beside the last tower's projected output as the vector; None for no vector.
+      time_ids: numbers that go beside the last tower's projected output as the vector; None for no vector. negative_time_ids: those
+        of null and of the negative, where they are others.
       zero_null: null is zeros instead.
     """
-    def places(params, ids):
+    def places(params, ids, numbers=time_ids):
         outputs = {name: tower.apply(params[name], ids[name], hidden=penultimate) for name, tower in towers.items()}
         found = {"context": jnp.concatenate([o.hidden[-2] if penultimate else o.last for o in outputs.values()], -1)}
-        if time_ids is not None:
+        if numbers is not None:
             found["vector"] = list(outputs.values())[-1].projected
-            found["time_ids"] = jnp.broadcast_to(jnp.asarray(time_ids, jnp.float32), (len(found["vector"]), len(time_ids)))
+            found["time_ids"] = jnp.broadcast_to(jnp.asarray(numbers, jnp.float32), (len(found["vector"]), len(numbers)))
         return found
+
+    against = functools.partial(places, numbers=negative_time_ids or time_ids)
 
     def tokens(texts: Any) -> Mapping[str, np.ndarray]:
         texts = [texts] if isinstance(texts, str) else texts
@@ -60,7 +64,7 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
             raise UserError("as many negative prompts as prompts must be given, or one for all")
         return {part: {name: np.broadcast_to(ids, (n, ids.shape[1])) for name, ids in of.items()} for part, of in parts.items()}
 
-    empty = jax.jit(places)(params, tokens(""))
+    empty = jax.jit(against)(params, tokens(""))
     if zero_null:
         empty = {place: a if place == "time_ids" else jnp.zeros_like(a) for place, a in empty.items()}
 
@@ -68,7 +72,7 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
         return {place: jnp.broadcast_to(a, (n, *a.shape[1:])) for place, a in empty.items()}
 
     def opposite(params, value, keys, codec):
-        return places(params, value["negative"]) if "negative" in value else null(len(keys))
+        return against(params, value["negative"]) if "negative" in value else null(len(keys))
 
     def draw(batch, keys):
         return {"prompt": {name: batch[f"prompt_{name}"] for name in towers}}

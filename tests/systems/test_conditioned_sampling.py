@@ -29,7 +29,7 @@ class SumNet:
         return {"w": jnp.ones(())}
 
     def apply(self, params, x_t, t, cond=None, train=False, rngs=None):
-        x0 = jnp.array([0.2, -0.2, 0.0])[cond["class"]] + cond["vector"].sum(1) + cond["concat"][..., 0].mean((1, 2))
+        x0 = jnp.array([0.2, -0.2, 0.0])[cond["class"]] + cond["vector"].sum(1) + cond["concat"][..., 1].mean((1, 2))
         return params["w"] * (x_t - x0.reshape(-1, 1, 1, 1)) / t.reshape(-1, 1, 1, 1)
 
 

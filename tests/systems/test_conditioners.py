@@ -146,9 +146,9 @@ def test_a_masked_image_is_zero_where_it_is_masked():
     row, data, n = make("masked_image", smallest=0.25, largest=0.75), batch(200), 200
     value = row.draw(data, keys(n))
     concat = np.asarray(row.encode({}, value, keys(n), Codec())["concat"])
-    mask, picture = concat[..., 3:], np.asarray(to_signed(jnp.asarray(data["image"])))
-    np.testing.assert_allclose(concat[..., :3], np.where(mask == 1, picture, 0.0), atol=1e-6)
-    hole = mask[..., 0] == 0
+    mask, picture = concat[..., :1], np.asarray(to_signed(jnp.asarray(data["image"])))
+    np.testing.assert_allclose(concat[..., 1:], np.where(mask == 1, 0.0, picture), atol=1e-6)
+    hole = mask[..., 0] == 1
     heights, widths = hole.any(2).sum(1), hole.any(1).sum(1)
     np.testing.assert_array_equal(hole.sum((1, 2)), heights * widths)  # one rectangle
     assert {2, 6} <= set(heights) == set(widths) and heights.min() == 2 and heights.max() == 6
@@ -159,11 +159,12 @@ def test_in_latents_pictures_are_encoded_and_maps_and_masks_made_small():
     space = Space((8, 8, 3), (4, 4, 2), 10, FIELDS)
     codec = Codec(encode=lambda params, batch, key: params["gain"] * batch["image"][:, ::2, ::2, :2])
     masked = CONDITIONERS["masked_image"](space)
-    assert masked.needs == {"concat_channels": 3} and masked.null(2)["concat"].shape == (2, 4, 4, 3)
+    assert masked.needs == {"concat_channels": 3} 
+    np.testing.assert_array_equal(masked.null(2)["concat"][1, 3], [[1, 0, 0]] * 4)
     mask = np.zeros((1, 8, 8, 1), np.float32)
-    mask[:, :, :4] = 1
+    mask[:, :, 4:] = 1
     out = masked.encode({"gain": 2.0}, {"image": jnp.full((1, 8, 8, 3), 0.75), "mask": mask}, keys(1), codec)["concat"]
-    np.testing.assert_allclose(out[0, 0], [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]])  # 2 x 0.5, 2 x 0.5, mask
+    np.testing.assert_allclose(out[0, 0], [[0, 1, 1], [0, 1, 1], [1, 0, 0], [1, 0, 0]])  # mask, 2 x 0.5, 2 x 0.5
     ids = batch()["map"].astype(np.int32)
     out = np.asarray(CONDITIONERS["semantic_map"](space, classes=4).encode({}, ids, keys(), codec)["concat"])
     np.testing.assert_array_equal(out, np.eye(4)[ids[:, ::2, ::2]])
