@@ -17,6 +17,24 @@ _CAPACITY = 64  # grids are compiled for this many steps or the next power of tw
 
 
 @dataclasses.dataclass(frozen=True)
+class Published:
+    """What a published directory holds beside its weights, as `exporting.save_pretrained` writes it.
+
+    Attributes:
+      kind: the pipeline's class.
+      components: the system's net by name -> the component that it is.
+      copied: component -> (directory whose small files it consists of, its entry in model_index.json), such as a tokeniser.
+      configs: component -> the config of a scheduler.
+      entries: the other entries of model_index.json.
+    """
+    kind: str
+    components: Mapping[str, str]
+    copied: Mapping[str, Tuple[str, Any]] = dataclasses.field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
     """A trained system, ready to use.
 
@@ -26,12 +44,14 @@ class Pipeline:
       defaults: what `sample` takes where it is told nothing: the `sampler` section of the run's config.
       class_names: names of the classes, where the data has them.
       classifier: a classifier of noisy images that takes part in every picture whose class is asked for, see `sample`.
+      published: the published directory that it was loaded from; None for a run.
     """
     system: System
     params: Mapping[str, PyTree]
     defaults: Mapping[str, Any]
     class_names: Tuple[str, ...] = ()
     classifier: Optional["Pipeline"] = None
+    published: Optional[Published] = None
 
     def __post_init__(self):
         if self.system.sample is not None:
@@ -42,6 +62,11 @@ class Pipeline:
     def with_defaults(self, **changes: Any) -> "Pipeline":
         """The same with other `defaults`."""
         return dataclasses.replace(self, defaults={**self.defaults, **changes})
+
+    def save_pretrained(self, directory: str) -> Optional[str]:
+        """Write a directory that diffusers opens, see `ldm_jax.exporting.save_pretrained`."""
+        from ldm_jax import exporting
+        return exporting.save_pretrained(self, directory)
 
     @property
     def nets(self) -> Dict[str, Tuple[Any, PyTree]]:

@@ -4,13 +4,16 @@
     COMPONENT/config.json ...       each component in a directory of its own, or all beside model_index.json
     scheduler/scheduler_config.json how it is sampled
 """
+import dataclasses
 import json
 import os
 from typing import Any, Mapping, Optional, Tuple
 
 from ldm_jax.pipelines.images import ddim, ddpm, dit, ldm
+from ldm_jax.pipelines.scores import score_sde_ve
 from ldm_jax.pipelines.source import Source
 from ldm_jax.pipelines.texts import stable_diffusion, stable_diffusion_xl
+from ldm_jax.pipelines.upscaling import ldm_super_resolution, stable_diffusion_upscale
 from ldm_jax.sampling import Pipeline
 from ldm_jax.types import UserError, lookup
 
@@ -26,9 +29,13 @@ PIPELINES = {
     "DDPMPipeline": (ddpm, ("unet", "scheduler"), ()),
     "DDIMPipeline": (ddim, ("unet", "scheduler"), ()),
     "LDMPipeline": (ldm, ("vqvae", "unet", "scheduler"), ()),
-    "DiTPipeline": (dit, ("transformer", "vae", "scheduler"), ("id2label",)),
+    "DiTPipeline": (dit, ("transformer", "scheduler"), ("vae", "id2label")),
     **{f"StableDiffusion{kind}Pipeline": _SD for kind in ("", "Img2Img", "Inpaint")},
     **{f"StableDiffusionXL{kind}Pipeline": _XL for kind in ("", "Img2Img", "Inpaint")},
+    "StableDiffusionUpscalePipeline": (stable_diffusion_upscale, (*_SD[1], "low_res_scheduler"),
+                                       (*_UNUSED, "watermarker", "max_noise_level")),
+    "ScoreSdeVePipeline": (score_sde_ve, ("unet", "scheduler"), ()),
+    "LDMSuperResolutionPipeline": (ldm_super_resolution, ("vqvae", "unet", "scheduler"), ()),
 }
 
 
@@ -67,7 +74,9 @@ def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[s
     unknown = sorted(given - set(components) - set(others))
     if unknown:
         raise UserError(f"the {INDEX} of this {kind} has entries that are not supported: {', '.join(unknown)}")
-    pipeline = reader(Source(directory, index, {"dtype": dtype, "variant": variant}, size and tuple(size)))
+    source = Source(directory, index, {"dtype": dtype, "variant": variant}, size and tuple(size))
+    pipeline = reader(source)
+    pipeline = dataclasses.replace(pipeline, published=source.published(kind, pipeline.nets))
     settings = {"name", "steps", "guidance", "grid", "batch_size"}
     if extra := sorted(set(overrides) - settings):
         raise UserError(f"unknown override {extra[0]!r}; choose from: {', '.join(sorted({*settings, 'dtype', 'size', 'variant'}))}")

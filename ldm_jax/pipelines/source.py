@@ -1,12 +1,16 @@
 """The directory of a published checkpoint: its index, its components, its scheduler."""
 import dataclasses
 import os
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.published import load_net
+from ldm_jax.sampling import Published
 from ldm_jax.types import PyTree
 from ldm_jax.weights.schedulers import Sampling, read_scheduler
+
+CLASSES = "_classes"  # our entry of model_index.json, which diffusers leaves alone: how many classes are real, the next being null
+PLACES = {"net": ("unet", "transformer"), "autoencoder": ("vae", "vqvae")}  # the components that a net of ours may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,3 +43,13 @@ class Source:
     def sampling(self) -> Sampling:
         """What its scheduler says."""
         return read_scheduler(self.place("scheduler"))
+
+    def published(self, kind: str, nets: Iterable[str]) -> Published:
+        """What the directory holds beside the weights of `nets`; what judges or marks finished pictures is left out."""
+        components = {name: next(part for part in PLACES.get(name, (name,)) if self.has(part)) for name in nets if name != "latent"}
+        parts = [name for name in self.index if isinstance(self.index[name], (list, tuple)) and len(self.index[name]) == 2]
+        copied = {name: (self.place(name), self.index[name]) for name in parts
+                  if self.has(name) and name.split("_")[0] == "tokenizer" or name.endswith("scheduler")}
+        left_out = {name: (None, None) for name in parts if name not in (*components.values(), *copied)}
+        entries = {name: value for name, value in self.index.items() if name not in parts and (name == CLASSES or name[0] != "_")}
+        return Published(kind, components, copied, entries={**entries, **left_out})

@@ -11,7 +11,7 @@ from ldm_jax.process import tabled, thresholding
 from ldm_jax.process.samplers import grid_times
 from ldm_jax.sampling import Pipeline
 from ldm_jax.systems import System
-from ldm_jax.systems.base import diffusion
+from ldm_jax.systems.base import Codec, diffusion
 from ldm_jax.systems.conditions import Conditioner, Space
 from ldm_jax.systems.latent import latent
 from ldm_jax.types import Array, PyTree, UserError
@@ -20,12 +20,24 @@ from ldm_jax.weights.schedulers import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Stepped(Net):
-    """A Net that is told its scheduler's step k = t T - 1: "round", "floor", or "exact" for what lies between too."""
+    """A Net that is told its scheduler's step k = t T - 1: "round", "floor", or "exact" for what lies between too; times `unit`."""
     rounding: str = "round"
+    unit: float = 1.0
 
     def module_time(self, t: Array) -> Array:
         k = jnp.asarray(t, jnp.float32) * self.timesteps - 1.0
-        return {"round": jnp.round, "floor": lambda k: jnp.floor(k + 1e-3), "exact": lambda k: k}[self.rounding](k)
+        return self.unit * {"round": jnp.round, "floor": lambda k: jnp.floor(k + 1e-3), "exact": lambda k: k}[self.rounding](k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Levelled(Net):
+    """A Net that is told the noise level low (high / low)^u, u = least + (1 - least) t."""
+    sigmas: Tuple[float, float] = (0.01, 1.0)
+    least: float = 0.0
+
+    def module_time(self, t: Array) -> Array:
+        low, high = self.sigmas
+        return low * (high / low) ** (self.least + (1.0 - self.least) * jnp.asarray(t, jnp.float32))
 
 
 def schedule_and_grid(sampling: Sampling) -> Tuple[process.Schedule, Callable]:
@@ -33,6 +45,9 @@ def schedule_and_grid(sampling: Sampling) -> Tuple[process.Schedule, Callable]:
     if sampling.spacing == "flow":
         grid = functools.partial(tabled.flow_grid, timesteps=sampling.steps, shift=sampling.shift)
         return process.SCHEDULES["rectified_flow"](), grid
+    if sampling.spacing == "levels":
+        low, high = sampling.sigmas
+        return process.SCHEDULES["ve"](low, high), functools.partial(process.GRIDS["exponential"], sigma_min=low, sigma_max=high)
     options = {"trailing": {}, "leading": dict(offset=sampling.offset, endpoint=sampling.endpoint),
                "linspace": dict(endpoint=sampling.endpoint, rounded=sampling.rounded)}[sampling.spacing]
     grid = functools.partial(tabled.published_grid, spacing=sampling.spacing, levels=sampling.levels, last=sampling.last,
@@ -45,9 +60,11 @@ def told(net: Net, sampling: Sampling) -> Net:
     fields = {f.name: getattr(net, f.name) for f in dataclasses.fields(Net)}
     if sampling.spacing == "flow":
         return Net(**{**fields, "timesteps": None, "time_scale": float(sampling.steps)})
+    if sampling.spacing == "levels":
+        return Levelled(**{**fields, "timesteps": None}, sigmas=sampling.sigmas, least=sampling.least_time)
     if net.timesteps is None:
         raise UserError("the net takes a noise level for its time and its scheduler has integer steps; they do not fit together")
-    return Stepped(**{**fields, "timesteps": sampling.steps}, rounding=sampling.time)
+    return Stepped(**{**fields, "timesteps": sampling.steps}, rounding=sampling.time, unit=sampling.unit)
 
 
 def published(system: System, schedule: process.Schedule, sampling: Sampling) -> System:
@@ -80,11 +97,11 @@ def resized(net: Net, size: Tuple[int, int], factor: int) -> Net:
 
 def wired(sampling: Sampling, net: Net, params: PyTree, autoencoder: Optional[Tuple[Any, PyTree]], conditioners: Callable, *,
           steps: int, guidance: float = 1.0, others: Mapping[str, Tuple[Any, PyTree]] = {},
-          class_names: Tuple[str, ...] = (), size: Optional[Tuple[int, int]] = None) -> Pipeline:
+          class_names: Tuple[str, ...] = (), size: Optional[Tuple[int, int]] = None, codec: Codec = Codec()) -> Pipeline:
     """The Pipeline of a net, with the latents of `autoencoder` where there is one.
 
     conditioners: Space -> name -> conditioner. others: what they use, name -> (net, parameters). size: (H, W) of the pictures, by
-    default those of the net.
+    default those of the net. codec: pictures to x0 and back, where there is no autoencoder.
 
     Raises:
       UserError: for a net and a scheduler that do not fit together, and a size that the net cannot make.
@@ -102,7 +119,7 @@ def wired(sampling: Sampling, net: Net, params: PyTree, autoencoder: Optional[Tu
     weights = {"net": params, **{name: p for name, (_, p) in others.items()}}
     if autoencoder is None:
         space = Space(net.image_shape, net.image_shape)
-        system = diffusion(net, image_shape=net.image_shape, conditioners=conditioners(space), **options)
+        system = diffusion(net, image_shape=net.image_shape, conditioners=conditioners(space), codec=codec, **options)
     else:
         coder, weights["autoencoder"] = autoencoder
         h, w, c = net.image_shape

@@ -34,6 +34,7 @@ class System:
       refresh: (params, notes) -> the entries of params that change without a gradient after a step (a counter, a codebook's dead
         entries), notes being what loss_fn left in metrics["notes"].
       read: () -> the entries of params that come from files, read once when a run begins.
+      schedule, parameterization, learned_variance: of the process, where there is one.
       kept: (values, bits) that a first stage keeps of a picture: how many, and of how many bits each.
     """
     nets: Mapping[str, Any]
@@ -51,6 +52,9 @@ class System:
     read: Optional[Callable] = None
     kept: Optional[Tuple[int, float]] = None
     codes: Optional[Callable] = None
+    schedule: Optional[process.Schedule] = None
+    parameterization: Optional[str] = None
+    learned_variance: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,4 +159,5 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
 
     return System(nets={"net": net, **others}, trained=("net",), init=init, loss_fn=loss_fn, image_shape=image_shape,
                   conditioners=conditioners, num_classes=conditions.needs(conditioners).get("num_classes"), sample=sample,
-                  sample_shape=tuple(sample_shape or image_shape))
+                  sample_shape=tuple(sample_shape or image_shape), schedule=schedule, parameterization=parameterization,
+                  learned_variance=learned_variance)

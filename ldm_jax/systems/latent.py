@@ -1,7 +1,8 @@
 """Latent diffusion (Rombach et al. 2022): diffusion of x0 = (z - shift) / scale, z the latents of a trained first stage.
 
 shift and scale [C] are the mean and standard deviation of each latent channel over the training data, so that x0 has zero mean
-and unit variance, as the noise schedules assume. They are part of the parameters ("latent") and saved with them.
+and unit variance, as the noise schedules assume; with a codebook the scale is one for all channels, under which the nearest code
+stays the nearest. They are part of the parameters ("latent") and saved with them.
 """
 import dataclasses
 from typing import Any, Iterable
@@ -59,7 +60,7 @@ def _row(channels: Array) -> Array:
 
 
 def measure(autoencoder: Any, params: PyTree, batches: Iterable[Array], key: Array) -> PyTree:
-    """The mean and standard deviation of each latent channel, {"shift": [C], "scale": [C]}, over batches of uint8 images."""
+    """The mean and standard deviation of the latent channels, {"shift": [C], "scale": [C]}, over batches of uint8 images."""
     @jax.jit
     def moments(params, image, key):
         z = autoencoder.draw(*autoencoder.posterior(params, to_signed(image)), key)
@@ -67,4 +68,6 @@ def measure(autoencoder: Any, params: PyTree, batches: Iterable[Array], key: Arr
 
     sums = [moments(params, image, jax.random.fold_in(key, i)) for i, image in enumerate(batches)]
     first, second = (np.mean(np.asarray(m, np.float64), axis=0) for m in zip(*sums))
-    return {"shift": jnp.asarray(first, jnp.float32), "scale": jnp.asarray(np.sqrt(second - first**2), jnp.float32)}
+    variance = second - first**2
+    variance = np.full_like(variance, np.mean(variance)) if autoencoder.codes else variance
+    return {"shift": jnp.asarray(first, jnp.float32), "scale": jnp.asarray(np.sqrt(variance), jnp.float32)}
