@@ -1,8 +1,9 @@
 """What a Colab calls: `load(path)` gives a Pipeline, of a run or of a published checkpoint."""
+import dataclasses
 import json
 import os
 import warnings
-from typing import Any
+from typing import Any, Mapping, Optional
 
 import jax
 
@@ -10,17 +11,20 @@ from ldm_jax.sampling import Pipeline
 from ldm_jax.types import UserError
 
 
-def load(path: str, **overrides: Any) -> Pipeline:
+def load(path: str, *, lora: Optional[str] = None, lora_scale: float = 1.0, **overrides: Any) -> Pipeline:
     """The Pipeline of a run's workdir, with the averaged parameters of its newest good checkpoint; or of a published checkpoint.
 
     Args:
       path: the --workdir of a run, or a directory with model_index.json, see `pipelines.load_pipeline`.
+      lora, lora_scale: a file of LoRA adapters that is added to the weights, see `Pipeline.with_lora`.
       overrides: in place of the run's sampler settings: name, steps, guidance, grid, batch_size, and classifier_dir, the workdir of a
         classifier of noisy images, with classifier_scale.
 
     Raises:
       UserError: when there is no run at `path`, or no checkpoint in it that can be read.
     """
+    if lora is not None:
+        return load(path, **overrides).with_lora(lora, lora_scale)
     from ldm_jax import pipelines
     from ldm_jax.recipe import build_system
     from ldm_jax.training.checkpoint import Checkpoints
@@ -39,13 +43,26 @@ def load(path: str, **overrides: Any) -> Pipeline:
     if found is None:
         raise UserError(f"no checkpoint in {directory!r} yet; train first: python -m ldm_jax.main --config=... --workdir={path}")
     _, state, _ = found
-    defaults = {"classifier_dir": "", "classifier_scale": 1.0, **(config.get("sampler") or {})}
+    known = pipeline(system, {**state["ema"], **state["others"]}, config)
+    defaults = {"classifier_dir": "", "classifier_scale": 1.0, **known.defaults}
     unknown = sorted(set(overrides) - set(defaults))
     if unknown:
         raise UserError(f"unknown override {unknown[0]!r}; choose from: {', '.join(sorted(defaults))}")
     defaults.update(overrides)
     classifier = load(defaults["classifier_dir"]) if defaults["classifier_dir"] else None
-    return Pipeline(system, {**state["ema"], **state["others"]}, defaults, classifier=classifier)
+    return dataclasses.replace(known, defaults=defaults, classifier=classifier)
+
+
+def pipeline(system: Any, params: Mapping[str, Any], config: Mapping[str, Any]) -> Pipeline:
+    """The Pipeline of a system that `config` describes, with the parameters given.
+
+    What was begun from a published checkpoint, and keeps its process, is still the kind that it is.
+    """
+    from ldm_jax import pipelines
+    from ldm_jax.recipe import sampler_of
+    same = config.get("init_from") and config["process"]["schedule"]["name"] == "published"
+    published = pipelines.published_of(config["init_from"], system.nets) if same else None
+    return Pipeline(system, params, sampler_of(config), published=published)
 
 
 def read_config(workdir: str) -> dict:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from ldm_jax import api, recipe
+from ldm_jax.data.captions import tokenized
 from ldm_jax.evaluation import pictures
 from ldm_jax.types import UserError, example_keys, fold_in, to_signed, to_unit
 
@@ -54,7 +55,7 @@ def _denoising(pipeline: api.Pipeline, rows: int, cond: Any, path) -> str:
 
 def conditions_of(system, source, num: int, seed: int) -> Tuple[Dict[str, Any], np.ndarray]:
     """The conditions of `num` examples of `source`, by name, and their pictures."""
-    ids = np.resize(np.random.default_rng(seed).permutation(source.size), num)
+    source, ids = tokenized(source, system.conditioners), np.resize(np.random.default_rng(seed).permutation(source.size), num)
     batch, keys = source.read(ids), example_keys(jax.random.key(seed), num)
     drawn = {name: jax.jit(c.draw)(batch, fold_in(keys, i)) for i, (name, c) in enumerate(system.conditioners.items())}
     return jax.tree.map(np.asarray, drawn), batch["image"]

@@ -17,6 +17,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.models import lora
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.clip import TextTower
 from ldm_jax.models.dit import DiT
@@ -58,6 +59,10 @@ def save_pretrained(pipeline: Pipeline, directory: str) -> Optional[str]:
 
 
 def _write(pipeline: Pipeline, directory: str) -> Optional[str]:
+    if pipeline.system.adapter_scale is not None:
+        params = dict(pipeline.params)
+        params = lora.merge_all(params, lora.Lora(params.pop("lora"), pipeline.system.adapter_scale))
+        pipeline = dataclasses.replace(pipeline, params=params)
     nets = {name: pair for name, pair in pipeline.nets.items() if isinstance(pair[0], (Net, Autoencoder, TextTower))}
     if pipeline.system.reconstruct is not None:
         save_net(directory, *nets["autoencoder"])
@@ -110,6 +115,10 @@ def described(pipeline: Pipeline) -> Tuple[Published, Optional[str]]:
       UserError: for a process or conditions that published pipelines do not have.
     """
     system, defaults = pipeline.system, pipeline.defaults
+    towers = [name for name, net in system.nets.items() if isinstance(net, TextTower)]
+    if towers:
+        raise UserError(f"a model with {towers[0]!r} and a process of its own has no counterpart; what is trained on with the schedule "
+                        f"'published' can be exported")
     (net, _), first = pipeline.nets["net"], "autoencoder" in system.nets
     method = defaults["name"], dict(defaults.get(defaults["name"]) or {}), defaults["grid"]
     if system.schedule.family == "flow":

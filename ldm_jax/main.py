@@ -1,9 +1,11 @@
-"""Train, sample or evaluate:
+"""Train, sample, evaluate or export:
 
-    python -m ldm_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|eval] [--config.a.b=value]
+    python -m ldm_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|eval|export] [--config.a.b=value]
 
-Training goes on from the newest checkpoint in the workdir when there is one. Sampling and evaluation take what the workdir
-holds; with --config they take its `sampler` and `eval` sections instead.
+Training goes on from the newest checkpoint in the workdir when there is one. Sampling, evaluation and export take what the workdir
+holds; with --config they take its `sampler` and `eval` sections instead. With --weights a published checkpoint is sampled:
+
+    python -m ldm_jax.main --config=configs/sd15.py --mode=sample --workdir=runs/sd15 --weights=DIR --prompt="a red fox in the snow"
 """
 import os
 import sys
@@ -16,9 +18,19 @@ from ldm_jax.types import UserError
 
 config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/digits.py or configs/ldm_cifar.py:smoke.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics, pictures.")
-flags.DEFINE_enum("mode", "train", ["train", "sample", "eval"], "What to do.")
+flags.DEFINE_enum("mode", "train", ["train", "sample", "eval", "export"], "What to do.")
 flags.DEFINE_integer("num", None, "sample: how many pictures.", lower_bound=1)
 flags.DEFINE_list("class_id", None, "sample: class ids, repeated to as many as --num; all classes in turn if not given.")
+flags.DEFINE_multi_string("prompt", None, "sample: a text; give the flag again for another picture, or --num pictures of one.")
+flags.DEFINE_string("negative_prompt", None, "sample: what guidance steers away from.")
+flags.DEFINE_string("image", None, "sample: a picture's file to start from, to fill in, or to enlarge.")
+flags.DEFINE_string("mask", None, "sample: a picture's file, white where --image is made anew.")
+flags.DEFINE_float("strength", None, "sample: the part of the steps that --image goes through.", lower_bound=0.0, upper_bound=1.0)
+flags.DEFINE_string("weights", None, "sample, export: a published checkpoint, in place of the run in the workdir.")
+flags.DEFINE_string("lora", None, "sample, export: a file of LoRA adapters, merged into the weights.")
+flags.DEFINE_float("lora_scale", 1.0, "sample, export: how strongly the adapters act.")
+flags.DEFINE_bool("merged", False, "export: a run of LoRA adapters as a whole model, not as the adapters alone.")
+flags.DEFINE_string("out", None, "export: the new directory, WORKDIR/exported if not given.")
 flags.DEFINE_integer("seed", 0, "sample: the seed.", lower_bound=0)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 FLAGS = flags.FLAGS
@@ -45,6 +57,14 @@ def fail(message: str, code: int = 2):
     os._exit(code)  # not sys.exit: threads of a failed save would have the last word
 
 
+def class_ids(texts):
+    """The ids of --class_id, None where it is not given."""
+    try:
+        return texts and [int(c) for c in texts]
+    except ValueError:
+        raise UserError(f"--class_id={','.join(texts)} is not a list of class ids such as 3 or 0,1,2") from None
+
+
 def main(argv):
     if argv[1:]:
         fail(f"unexpected argument {argv[1]!r}; settings are given as --config.a.b=value")
@@ -61,14 +81,16 @@ def main(argv):
     try:
         if FLAGS.mode == "train":
             run.train(config, FLAGS.workdir)
-        elif FLAGS.mode == "sample":
-            try:
-                classes = FLAGS.class_id and [int(c) for c in FLAGS.class_id]
-            except ValueError:
-                raise UserError(f"--class_id={','.join(FLAGS.class_id)} is not a list of class ids such as 3 or 0,1,2") from None
-            run.sample(FLAGS.workdir, num=FLAGS.num, classes=classes, seed=FLAGS.seed, sampler=config and config.get("sampler"))
-        else:
+        elif FLAGS.mode == "eval":
             run.evaluate(FLAGS.workdir, config)
+        else:
+            pipeline = run.load(FLAGS.workdir, config, weights=FLAGS.weights, lora=FLAGS.lora, lora_scale=FLAGS.lora_scale)
+            if FLAGS.mode == "export":
+                run.export(pipeline, FLAGS.out or os.path.join(FLAGS.workdir, "exported"), merged=FLAGS.merged)
+            else:
+                run.sample(pipeline, FLAGS.workdir, num=FLAGS.num, classes=class_ids(FLAGS.class_id), seed=FLAGS.seed,
+                           prompts=FLAGS.prompt, negative=FLAGS.negative_prompt, image=FLAGS.image, mask=FLAGS.mask,
+                           strength=FLAGS.strength)
     except UserError as error:
         fail(str(error))
     except Interrupted as stop:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ldm_jax.models.autoencoder import FirstStage, kl, vq
+from ldm_jax.models.bert import bert_text
 from ldm_jax.models.clip import ClipText, clip_text
 from ldm_jax.models.dit import MLPS, DiT, dit
 from ldm_jax.models.layers import num_groups
@@ -17,7 +18,8 @@ from ldm_jax.types import PyTree, UserError, lookup
 from ldm_jax.weights import configs, layouts, maps_autoencoder, maps_clip, maps_dit, maps_unet, rules
 from ldm_jax.weights.stored import write_safetensors
 
-BUILDERS = {"unet_of_levels": unet_of_levels, "dit": dit, "kl": kl, "vq": vq, "clip_text": clip_text}
+BUILDERS = {"unet_of_levels": unet_of_levels, "dit": dit, "kl": kl, "vq": vq, "clip_text": clip_text,
+            "bert_text": bert_text}
 PARAM_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -40,7 +42,7 @@ def load_net(directory: str, *, dtype: str = "float32", param_dtype: str = "floa
       UserError: for what cannot be read, options of the config that are not supported, and weights that do not fit it.
     """
     config = layouts.read_config(directory)
-    kind = config.get("_class_name", "CLIPTextModel" if config.get("model_type") == "clip_text_model" else None)
+    kind = config.get("_class_name", layouts.MODEL_TYPES.get(config.get("model_type")))
     layout = lookup(layouts.LAYOUTS, kind, "class of published net")
     builder = BUILDERS[layout.builder]
     arrays = layout.names(layouts.open_weights(directory, variant))

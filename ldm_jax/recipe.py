@@ -3,6 +3,7 @@
 A choice is a section {"name": NAME, NAME: {its options}}: the other rows' options may stand beside it, so that
 `--config.net.name=dit` is all it takes to switch.
 """
+import dataclasses
 import inspect
 import os
 from typing import Any, Mapping, Sequence
@@ -83,10 +84,12 @@ def _net(config: Mapping[str, Any], image_shape, conditioners):
     return choose(models.NETS, config["net"], "net", image_shape=image_shape, out_channels=channels, **sizes)
 
 
-def _process(config: Mapping[str, Any]) -> dict:
+def _process(config: Mapping[str, Any], of: str = "") -> dict:
+    """The arguments of `systems.base.diffusion` that the `process` section states. of: the name of a schedule that states none."""
     section = dict(config["process"])
-    return {**section, "schedule": choose(process.SCHEDULES, section["schedule"], "schedule"),
-            "image_shape": tuple(config["data"]["image_shape"])}
+    if section["schedule"]["name"] == of:
+        return {name: value for name, value in section.items() if name in ("times", "weight")}
+    return {**section, "schedule": choose(process.SCHEDULES, section["schedule"], "schedule")}
 
 
 def pixel(config: Mapping[str, Any]):
@@ -94,7 +97,7 @@ def pixel(config: Mapping[str, Any]):
     from ldm_jax import systems
     shape = tuple(config["data"]["image_shape"])
     conditioners = _conditioners(config, shape)
-    return systems.diffusion(_net(config, shape, conditioners), conditioners=conditioners, **_process(config))
+    return systems.diffusion(_net(config, shape, conditioners), conditioners=conditioners, image_shape=shape, **_process(config))
 
 
 def autoencoder(config: Mapping[str, Any]):
@@ -118,30 +121,86 @@ def latent(config: Mapping[str, Any]):
     if of_pictures and (config.get("latents") or {}).get("cache"):
         raise UserError(f"conditioner {of_pictures[0]!r} is drawn from the pictures, which a cache of latents lacks; "
                         f"set latents.cache=False")
-    return systems.latent(_net(config, first.latent_shape, conditioners), first, conditioners=conditioners, **_process(config))
+    return systems.latent(_net(config, first.latent_shape, conditioners), first, conditioners=conditioners,
+                          image_shape=tuple(config["data"]["image_shape"]), **_process(config))
 
 
 def classifier(config: Mapping[str, Any]):
     """A classifier of noisy images, for classifier guidance in the space of the pictures."""
     from ldm_jax import models, systems
-    settings = _process(config)
-    net = choose(models.CLASSIFIERS, config["classifier"], "classifier", image_shape=settings["image_shape"],
+    settings, shape = _process(config), tuple(config["data"]["image_shape"])
+    net = choose(models.CLASSIFIERS, config["classifier"], "classifier", image_shape=shape,
                  num_classes=config["data"]["num_classes"])
     return systems.classifying(net, num_classes=config["data"]["num_classes"],
-                               **{name: settings[name] for name in ("image_shape", "schedule", "times")})
+                               image_shape=shape, schedule=settings["schedule"], times=settings["times"])
 
 
-SYSTEMS = {"pixel": pixel, "autoencoder": autoencoder, "latent": latent, "classifier": classifier}
+def published(config: Mapping[str, Any]):
+    """What the published checkpoint in `init_from` holds, trained on from there by the `process` section.
+
+    A schedule of the name "published" leaves the schedule and the parameterization as they are there.
+    """
+    sections, stated = config.get("conditioners") or {}, tuple(config["data"]["image_shape"])
+    unknown = sorted({key for section in sections.values() for key in section} - {"drop"})
+    if unknown:
+        raise UserError(f"the conditioners of init_from={config['init_from']!r} are its own, and take drop alone; not {unknown[0]!r}")
+    training = {**_process(config, of="published"), "drops": {name: section["drop"] for name, section in sections.items()}}
+    pipeline = _published(config, training)
+    if pipeline.system.image_shape != stated:
+        raise UserError(f"init_from={config['init_from']!r} makes pictures {pipeline.system.image_shape}, the config states {stated}; "
+                        f"set data.image_shape")
+    return dataclasses.replace(pipeline.system, read=lambda: _published(config, training).params)
+
+
+def _published(config: Mapping[str, Any], training: Mapping[str, Any]):
+    from ldm_jax.pipelines import load_pipeline
+    return load_pipeline(config["init_from"], dtype=config.get("dtype") or "float32", size=tuple(config["data"]["image_shape"][:2]),
+                         training=training)
+
+
+SYSTEMS = {"pixel": pixel, "autoencoder": autoencoder, "latent": latent, "classifier": classifier, "published": published}
 
 
 def build_system(config: Mapping[str, Any]):
-    """The system of a whole config; it needs no data, only the shapes that the config states."""
-    return lookup(SYSTEMS, config["system"], "system")(config)
+    """The system of a whole config; it needs no data, only the shapes that the config states.
+
+    With `init_from` the nets are those of that published checkpoint, and the sections that describe nets do not matter. With a `lora`
+    section of a rank above 0 adapters of the nets are trained in place of them.
+    """
+    system, section = _whole_system(config), config.get("lora") or {"rank": 0}
+    if not section["rank"]:
+        return system
+    from ldm_jax.systems.adapting import adapted
+    return adapted(system, **section)
+
+
+def _whole_system(config: Mapping[str, Any]):
+    kind = lookup(SYSTEMS, config["system"], "system")
+    if not config.get("init_from"):
+        if kind is published:
+            raise UserError("init_from is empty; give the directory of a published checkpoint: --config.init_from=DIR")
+        return kind(config)
+    if kind not in (pixel, latent, published):
+        raise UserError(f"init_from={config['init_from']!r} is for a model of diffusion; config.system is {config['system']!r}")
+    return published(config)
+
+
+def sampler_of(config: Mapping[str, Any]) -> dict:
+    """The `sampler` section, in which the name and the grid "" are those of the scheduler in `init_from`."""
+    section = dict(config.get("sampler") or {})
+    if config.get("init_from") and section and not (section["name"] and section["grid"]):
+        from ldm_jax.pipelines import sampler_settings
+        theirs = sampler_settings(config["init_from"])
+        if not section["name"]:
+            section.update({"name": theirs["name"], theirs["name"]: {**(section.get(theirs["name"]) or {}), **theirs[theirs["name"]]}})
+        section["grid"] = section["grid"] or theirs["grid"]
+    return section
 
 
 def build_sampler(section: Mapping[str, Any]) -> process.Sampler:
     """The sampling method of a `sampler` section. Built before training too, so that a mistake in it is known before hours are spent."""
-    lookup(process.GRIDS, section["grid"], "grid")
+    if isinstance(section["grid"], str):
+        lookup(process.GRIDS, section["grid"], "grid")
     return process.samplers.make_sampler(section["name"], **dict(section.get(section["name"]) or {}))
 
 

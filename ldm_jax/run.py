@@ -1,4 +1,4 @@
-"""The three modes of the command line as functions of a config and a workdir; a notebook can call them as well."""
+"""The modes of the command line as functions of a config and a workdir; a notebook can call them as well."""
 import contextlib
 import json
 import os
@@ -9,7 +9,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 import jax
 import numpy as np
 
-from ldm_jax import api, drawing, recipe, stages
+from ldm_jax import api, drawing, pipelines, recipe, stages
+from ldm_jax.data.captions import tokenized
 from ldm_jax.data.pipeline import batches
 from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
@@ -35,12 +36,12 @@ def train(config: Config, workdir: str) -> api.Pipeline:
     """
     system = recipe.build_system(config)
     if "sampler" in config:
-        recipe.build_sampler(config["sampler"])
+        recipe.build_sampler(recipe.sampler_of(config))
     section = dict(config["train"])
     steps = section.pop("steps")
     tx = recipe.build_optimizer(config, system.trained)
     mesh = make_mesh(**config["mesh"])
-    source = recipe.build_source(config["data"], "train")
+    source = tokenized(recipe.build_source(config["data"], "train"), system.conditioners)
     say(f"data: {source.name}, {source.size} images")
     if system.reconstruct is not None:
         say(system.nets["perceptual"].describe() if "perceptual" in system.nets else "perceptual distance: none")
@@ -72,7 +73,7 @@ def train(config: Config, workdir: str) -> api.Pipeline:
 
 
 def _pipeline(system, state, config: Config) -> api.Pipeline:
-    return api.Pipeline(system, {**state.ema, **state.others}, config.get("sampler") or {})
+    return api.pipeline(system, {**state.ema, **state.others}, config)
 
 
 def adopt(workdir: str, config: Config) -> None:
@@ -115,33 +116,90 @@ def _plain(config: Config) -> dict:
     return json.loads(json.dumps(config))
 
 
-def sample(workdir: str, *, num: Optional[int], classes: Optional[Sequence[int]], seed: int, sampler: Optional[Config] = None) -> str:
-    """Draw pictures from a run and write WORKDIR/samples/sampled_*.png; returns the path.
+def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str] = None, lora: Optional[str] = None,
+         lora_scale: float = 1.0) -> api.Pipeline:
+    """The Pipeline of the run in `workdir`, or of the published checkpoint `weights`, with what `config` says of sampling.
 
-    Conditions other than the class are those of real examples, of the test split where there is one, and shown above the results.
+    config: `sampler` in place of the run's settings; of published weights also `size` and `dtype`, and of its `sampler` what is not "".
+
+    Raises:
+      UserError: see `api.load`.
+    """
+    adapters = {} if lora is None else {"lora": lora, "lora_scale": lora_scale}
+    if weights is None:
+        return api.load(workdir, **(recipe.sampler_of(config) if config else {}), **adapters)
+    settings = dict((config or {}).get("sampler") or {})
+    if not pipelines.is_published(weights):
+        raise UserError(f"--weights={weights!r} holds no published checkpoint (no model_index.json); give its directory")
+    name, how = settings.get("name"), {key: (config or {}).get(key) for key in ("size", "dtype")}
+    chosen = {key: settings[key] for key in ("name", "steps", "guidance", "grid", "batch_size", name) if settings.get(key)}
+    return api.load(weights, **{key: value for key, value in how.items() if value}, **chosen, **adapters)
+
+
+def export(pipeline: api.Pipeline, directory: str, *, merged: bool = False) -> None:
+    """Write a directory that diffusers opens, see `exporting.save_pretrained`.
+
+    merged: a run of LoRA adapters is written as the whole model that they make, not as the adapters alone.
+    """
+    if pipeline.system.adapter_scale is not None and not merged:
+        path = os.path.join(directory, "pytorch_lora_weights.safetensors")
+        if os.path.exists(path):
+            raise UserError(f"{path!r} is there already; give the name of a new directory")
+        os.makedirs(directory, exist_ok=True)
+        pipeline.save_lora(path)
+        return say(f"wrote {path}")
+    lost = pipeline.save_pretrained(directory)
+    say(f"wrote {directory}" + (f"; what it cannot say: {lost}" if lost else ""))
+
+
+def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, classes: Optional[Sequence[int]] = None, seed: int = 0,
+           prompts: Optional[Sequence[str]] = None, negative: Optional[str] = None, image: Optional[str] = None,
+           mask: Optional[str] = None, strength: Optional[float] = None) -> str:
+    """Draw pictures and write WORKDIR/samples/sampled_*.png; returns the path.
+
+    Conditions other than the class and the prompt are those of real examples, of the test split where there is one, and shown above
+    the results. Pictures of 128 pixels and more are also written one by one.
 
     Args:
+      num: how many; by default one for each class id or prompt that is given, otherwise 16.
       classes: ids, repeated to as many as `num`; without them all classes in turn, or those of the real examples.
-      sampler: in place of the run's settings.
+      prompts: repeated likewise. negative: what guidance steers away from, for all.
+      image, mask: files, see `Pipeline.sample`; they are scaled to the model's size.
     """
-    asked = classes is not None
-    pipeline = api.load(workdir, **(sampler or {}))
-    system, judge, cond = pipeline.system, pipeline.classifier, {}
-    known = system.num_classes or (judge and judge.system.num_classes)
-    if classes is None and known:
-        classes = np.arange(num or 16) % known
-    num = num or (len(classes) if classes is not None else 16)
-    if set(system.conditioners) - drawing.class_of(system):
-        cond, _ = drawing.conditions_of(system, drawing.held_out(api.read_config(workdir)), num, seed)
-    if classes is not None and (asked or not cond):
-        cond[next(iter(drawing.class_of(system)), "class")] = np.resize(np.asarray(classes), num)
+    system, cond = pipeline.system, {}
+    num = num or len(prompts or classes or ()) or 16
+    if negative is not None and not prompts:
+        raise UserError("--negative_prompt needs a --prompt to steer away from it")
+    if prompts:
+        texts = [prompts[i % len(prompts)] for i in range(num)]
+        cond["prompt"] = {"prompt": texts, "negative": None if negative is None else [negative] * num}
+    pictured = {"masked_image", "low_resolution"} if image else set()
+    missing = set(system.conditioners) - drawing.class_of(system) - set(cond) - pictured
+    if missing == {"prompt"}:
+        raise UserError("this model takes a text; give --prompt")
+    if missing and pipeline.published:
+        raise UserError(f"this model takes {', '.join(sorted(missing))}; give --image, and --mask where a part of it is kept")
+    if missing:
+        cond = {**drawing.conditions_of(system, drawing.held_out(api.read_config(workdir)), num, seed)[0], **cond}
+    known = system.num_classes or (pipeline.classifier and pipeline.classifier.system.num_classes)
+    name = next(iter(drawing.class_of(system)), "class")
+    if classes is not None or (known and name not in cond):
+        cond[name] = np.resize(np.arange(known) if classes is None else np.asarray(classes), num)
+    H, W, C = system.image_shape
+    edit = {} if image is None else {"image": pictures.read(image, None if "low_resolution" in system.conditioners else (H, W), C)}
+    if mask is not None:
+        edit["mask"] = pictures.read(mask, (H, W), 1)[..., 0] > 127
     start = time.perf_counter()
-    images = pipeline.sample(seed, num=num, cond=cond or None)
+    images = pipeline.sample(seed, num=num, cond=cond or None, strength=strength, **edit)
     seconds = time.perf_counter() - start
-    columns = int(np.ceil(np.sqrt(num)))
     with _writing(workdir):
+        os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
         path = _unused(os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}.png"))
-        pictures.save(path, drawing.interleaved([*drawing.shown(system, cond), images], columns))
+        shown = {name: value for name, value in cond.items() if name != "prompt"}
+        pictures.save(path, drawing.interleaved([*drawing.shown(system, shown), images], int(np.ceil(np.sqrt(num)))))
+        if num > 1 and images.shape[1] >= 128:
+            for i, picture in enumerate(images):
+                pictures.save(f"{os.path.splitext(path)[0]}_{i}.png", [picture[None]])
     say(f"wrote {path}: {num} pictures in {seconds:.1f} s, {num / seconds:.1f} images/s, compilation included")
     return path
 
@@ -159,7 +217,7 @@ def _unused(path: str) -> str:
 def evaluate(workdir: str, config: Optional[Config] = None) -> Dict[str, float]:
     """Measure a finished run as its `eval` section says (that of `config` if given); print a table, write WORKDIR/eval.json."""
     config = config or api.read_config(workdir)
-    pipeline, section = api.load(workdir, **(config.get("sampler") or {})), config["eval"]
+    pipeline, section = api.load(workdir, **recipe.sampler_of(config)), config["eval"]
     train_source, test_source = (recipe.build_source(config["data"], split) for split in ("train", "test"))
     test = test_source.read(range(min(test_source.size, section["real"])))
     if pipeline.system.reconstruct is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import process
+from ldm_jax.models.lora import Lora
 from ldm_jax.systems import System
 from ldm_jax.systems.conditioners import class_label, read_masks, read_pictures
 from ldm_jax.systems.conditions import Space
@@ -67,6 +68,28 @@ class Pipeline:
         """Write a directory that diffusers opens, see `ldm_jax.exporting.save_pretrained`."""
         from ldm_jax import exporting
         return exporting.save_pretrained(self, directory)
+
+    def with_lora(self, path: str, scale: float = 1.0) -> "Pipeline":
+        """The same model with the LoRA adapters of a file added to its weights: W + scale (alpha / r) A B.
+
+        Several are added one after the other; this Pipeline stays as it is.
+
+        Raises:
+          UserError: see `ldm_jax.lora.load_lora`.
+        """
+        from ldm_jax.lora import load_lora
+        return dataclasses.replace(self, params=load_lora(path, self.system.nets, self.params, strength=scale))
+
+    def save_lora(self, path: str) -> None:
+        """Write the adapters that a run has trained as a file, or into a directory, that diffusers' load_lora_weights opens.
+
+        Raises:
+          UserError: for a run without adapters, and for nets that have no place in such files.
+        """
+        from ldm_jax.lora import save_lora
+        if self.system.adapter_scale is None:
+            raise UserError("this run has trained no adapters; set lora.rank in its config, or export the whole model")
+        save_lora(path, self.system.nets, self.params, Lora(self.params["lora"], self.system.adapter_scale))
 
     @property
     def nets(self) -> Dict[str, Tuple[Any, PyTree]]:

@@ -22,14 +22,16 @@ ENCODED_AT_ONCE = 256
 
 
 def given(config: Mapping[str, Any], workdir: str, source: Source, system: Any, **how: Any) -> Mapping[str, PyTree]:
-    """What a new run does not start from scratch: the parameters of the run `init_dir`, or a first stage, or what files hold.
+    """What a new run does not start from scratch: the parameters of the run `init_dir` or of the published checkpoint `init_from`, or a
+    first stage, or what files hold.
 
     Raises:
       UserError: when the run in `init_dir` has other parameters.
     """
     directory = config.get("init_dir")
     if not directory:
-        return first_stage(config, workdir, source, **how) if "first_stage" in config else system.read() if system.read else {}
+        ours = "first_stage" in config and not config.get("init_from")
+        return first_stage(config, workdir, source, **how) if ours else system.read() if system.read else {}
     theirs, ours = api.load(directory).params, jax.eval_shape(system.init, jax.random.key(0))
     shapes = [{jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in jax.tree_util.tree_flatten_with_path(tree)[0]}
               for tree in (theirs, ours)]

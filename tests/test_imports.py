@@ -12,12 +12,13 @@ PACKAGE = os.path.join(ROOT, "ldm_jax")
 ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own and types
     "process": set(), "models": set(), "data": set(), "training": set(), "evaluation": set(), "systems": {"process", "models"},
     "weights": set(),
-    "types.py": set(), "recipe.py": {"process", "models", "data", "systems", "training", "weights"},
-    "sampling.py": {"process", "systems"}, "api.py": {"sampling", "recipe", "training", "pipelines"},
+    "types.py": set(), "recipe.py": {"process", "models", "data", "systems", "training", "weights", "pipelines"},
+    "sampling.py": {"process", "models", "systems", "exporting", "lora"}, "api.py": {"sampling", "recipe", "training", "pipelines"},
     "pipelines": {"process", "models", "data", "systems", "weights", "published", "sampling"},
-    "published.py": {"models", "weights"},
-    "run.py": {"api", "drawing", "recipe", "stages", "data", "evaluation", "training"},
-    "drawing.py": {"api", "recipe", "evaluation"},
+    "published.py": {"models", "weights"}, "exporting.py": {"models", "pipelines", "published", "sampling", "weights"},
+    "lora.py": {"models", "published", "weights"},
+    "run.py": {"api", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "training"},
+    "drawing.py": {"api", "recipe", "data", "evaluation"},
     "stages.py": {"api", "data", "systems", "training"}, "main.py": {"run", "training"}, "__init__.py": set(),
 }
 FILES = [os.path.relpath(os.path.join(d, f), PACKAGE) for d, _, names in os.walk(PACKAGE) for f in names if f.endswith(".py")]

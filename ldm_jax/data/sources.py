@@ -5,6 +5,7 @@ from typing import Sequence
 
 import numpy as np
 
+from ldm_jax.data import captions
 from ldm_jax.data.base import Field, Source, cached, in_memory, square
 from ldm_jax.data.records import tfds
 from ldm_jax.types import UserError, lookup
@@ -112,8 +113,10 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def folder(split: str = "train", *, path: str, image_size: int, channels: int = 3, held_out: float = 0.1,
-           cache: bool = True) -> Source:
+           fields: Sequence[str] = (), cache: bool = True) -> Source:
     """A directory of images: each subdirectory is a class, in the order of their names; without subdirectories, no classes.
+
+    fields: "text" for their captions, see `data.captions.of_folder`.
 
     Images are scaled and centre-cropped to image_size x image_size. The test split is a fixed fraction of the files, near
     `held_out`: those whose path within the directory has crc32 / 2^32 < held_out. So a file keeps its split when others
@@ -143,6 +146,9 @@ def folder(split: str = "train", *, path: str, image_size: int, channels: int = 
                         f"change held_out, now {held_out}")
     label = np.array([names.index(f.parts[0]) for f in chosen], np.int32) if names else None
 
+    kept = {name: lookup({"text": captions.FIELD}, name, "field of a folder") for name in fields}
+    caption = captions.of_folder(root, chosen) if fields else None
+
     def picture(file: Path) -> np.ndarray:
         from PIL import Image, ImageOps
 
@@ -155,9 +161,11 @@ def folder(split: str = "train", *, path: str, image_size: int, channels: int = 
 
     def read(ids):
         batch = {"image": np.stack([picture(chosen[i]) for i in ids])}
+        if caption is not None:
+            batch["text"] = np.stack([caption(chosen[i]) for i in ids])
         return batch if label is None else {**batch, "class": label[np.asarray(ids)]}
 
-    source = Source(root.name, (image_size, image_size, channels), len(names) or None, tuple(names), len(chosen), read)
+    source = Source(root.name, (image_size, image_size, channels), len(names) or None, tuple(names), len(chosen), read, kept)
     return cached(source) if cache else source
 
 

@@ -1,4 +1,6 @@
-"""Texts to token ids: the byte-pair tokeniser of CLIP (Radford et al. 2021), from its own files.
+"""Texts to token ids: the tokenisers of CLIP (Radford et al. 2021) and of BERT (Devlin et al. 2019), from their own files.
+
+CLIP's:
 
     1  special tokens, such as the end of a text, are found where they are written out
     2  the rest is put in Unicode's form NFC and in lower case, each letter by itself
@@ -9,23 +11,38 @@
 Files have it in one of two layouts: vocab.json and merges.txt, or both in tokenizer.json. tokenizer_config.json and
 special_tokens_map.json name the special tokens: towers differ in the one that fills a text up. Nothing is repaired beforehand,
 neither HTML entities nor wrongly decoded letters: the same as transformers from version 5 on.
+
+BERT's has other steps 2 to 5, see wordpieces.py, and the file vocab.txt, a token in each line, in place of the first two.
 """
 import dataclasses
 import functools
 import json
 import os
 import re
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from ldm_jax.data.bytepairs import SPACES, merge, normalise, spell, split_words, unspell
-from ldm_jax.types import UserError
+from ldm_jax.data import bytepairs, wordpieces
+from ldm_jax.data.bytepairs import SPACES
+from ldm_jax.types import UserError, lookup
 
 MAX_LENGTH = 77  # where the files do not say
-NAMED = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+
+class Rules(NamedTuple):
+    """Steps 2 to 5 of one kind of tokeniser.
+
+    Attributes:
+      normalise: a text -> its normal form. split: that -> its words.
+      pieces: a word -> its tokens; none for a word that is unknown as a whole.
+      join: tokens -> the text that they are of, as far as they tell.
+    """
+    normalise: Callable[[str], str]
+    split: Callable[[str], Iterable[str]]
+    pieces: Callable[[str], Sequence[str]]
+    join: Callable[[Iterable[str]], str]
 
 
 class Tokens(NamedTuple):
@@ -73,16 +90,16 @@ def _cut_out(text: str, specials: Sequence[Special], key: Callable[[Special], st
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """CLIP's tokeniser; see the top of the file. `load_tokenizer` makes one from files.
+    """One tokeniser; see the top of the file. `load_tokenizer` makes one from files.
 
     Attributes:
-      vocab: token -> id. ranks: pair of tokens -> place in the list of merges.
+      vocab: token -> id. rules: how a text becomes tokens.
       specials: the tokens found whole.
       bos_id, eos_id, pad_id, unk_id: start, end, filling, and what has no id.
       max_length: of a text, start and end included.
     """
     vocab: Mapping[str, int]
-    ranks: Mapping[Tuple[str, str], int]
+    rules: Rules
     specials: Tuple[Special, ...]
     bos_id: int
     eos_id: int
@@ -113,22 +130,22 @@ class Tokenizer:
             if isinstance(piece, Special):
                 ids.append(piece.id)
                 continue
-            for part in _cut_out(normalise(piece), later, lambda s: normalise(s.content)):
-                found = [part.id] if isinstance(part, Special) else (i for word in split_words(part) for i in self._word(word))
+            for part in _cut_out(self.rules.normalise(piece), later, lambda s: self.rules.normalise(s.content)):
+                found = [part.id] if isinstance(part, Special) else (i for word in self.rules.split(part) for i in self._word(word))
                 ids.extend(found)
         return ids
 
     def _word(self, word: str) -> Tuple[int, ...]:
         if word not in self._words:
-            ids = tuple(self.vocab.get(s, self.unk_id) for s in merge(spell(word), self.ranks))
+            ids = tuple(self.vocab.get(s, self.unk_id) for s in self.rules.pieces(word)) or (self.unk_id,)
             if len(word) > 100 or len(self._words) > 100_000:
                 return ids
             self._words[word] = ids
         return self._words[word]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, in lower case, a space behind each word; bytes that are no UTF-8 come out as U+FFFD."""
-        return unspell(self._tokens[int(i)] for i in ids)
+        """The text of ids in its normal form, its words apart; bytes that are no UTF-8 come out as U+FFFD."""
+        return self.rules.join(self._tokens[int(i)] for i in ids)
 
     def __call__(self, texts: Union[str, Sequence[str]]) -> Tokens:
         """The ids of several texts, or of one, each cut or filled up to max_length; errors as `encode` has them."""
@@ -143,8 +160,10 @@ class Tokenizer:
         return Tokens(ids, mask, tuple(cut))
 
 
-def load_tokenizer(directory: str) -> Tokenizer:
-    """CLIP's tokeniser from a directory of its files: vocab.json and merges.txt or tokenizer.json, and what names special tokens.
+def load_tokenizer(directory: str, kind: Optional[str] = None) -> Tokenizer:
+    """The tokeniser from a directory of its files: its vocabulary, or tokenizer.json, and what names special tokens.
+
+    kind: a row of TOKENIZERS, where the files do not say; CLIP's by default.
 
     Raises:
       UserError: for files that are missing, damaged or do not fit together, for another kind of tokeniser, and for options that
@@ -152,41 +171,30 @@ def load_tokenizer(directory: str) -> Tokenizer:
     """
     directory = os.path.expanduser(os.fspath(directory))
     try:
-        return _load(directory)
+        return _load(directory, kind)
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"the files of the tokeniser in {directory!r} are damaged ({type(e).__name__}: {e})") from e
 
 
-def _load(directory: str) -> Tokenizer:
+def _load(directory: str, kind: Optional[str]) -> Tokenizer:
     config = _json(directory, "tokenizer_config.json") or {}
-    kind = config.get("tokenizer_class", CLASSES[0])
-    if kind not in CLASSES:
-        raise UserError(f"{directory!r} holds a tokeniser of the class {kind!r}; choose from: {', '.join(CLASSES)}")
+    kind = config.get("tokenizer_class") or kind or "CLIPTokenizer"
+    row = lookup(TOKENIZERS, kind.removesuffix("Fast"), "class of tokeniser")
     for side in ("padding_side", "truncation_side"):
         if config.get(side, "right") != "right":
             raise UserError(f"{directory!r}: {side}={config[side]!r} of the tokeniser is not supported; it must be 'right'")
     whole = _json(directory, "tokenizer.json")
-    vocab, merges = _from_one(directory, whole) if whole else _from_two(directory)
-    if not vocab or not all(isinstance(s, str) and isinstance(i, int) for s, i in vocab.items()):
-        raise UserError(f"{directory!r}: the tokeniser's vocabulary does not give ids for tokens; the file is damaged")
-    ranks = {}
-    for rank, pair in enumerate(merges):
-        unknown = [s for s in (*pair, "".join(pair)) if s not in vocab]
-        if len(pair) != 2 or unknown:
-            raise UserError(f"{directory!r}: merge {rank + 1} of the tokeniser, {' '.join(pair)!r}, is not of two tokens of the "
-                            f"vocabulary that make a third; the file is damaged or belongs to another")
-        ranks[pair] = rank
-    named = _named(directory, config)
+    vocab, rules = row.read(directory, config, whole)
+    named = _named(directory, config, row.named)
     specials = _specials(directory, vocab, _added(directory, config, whole, named), named)
     ids = {**vocab, **{s.content: s.id for s in specials}}
     length = config.get("model_max_length", MAX_LENGTH)
     if not isinstance(length, int) or length < 3:
         raise UserError(f"{directory!r}: model_max_length={length!r} of the tokeniser must be an integer from 3")
-    names = {key: named[key]["content"] for key in NAMED}
-    return Tokenizer(ids, ranks, specials, ids[names["bos_token"]], ids[names["eos_token"]], ids[names["pad_token"]],
-                     ids[names["unk_token"]], length if length < 2**20 else MAX_LENGTH)
+    first, last, filling, unknown = (ids[named[key]["content"]] for key in (*row.ends, "pad_token", "unk_token"))
+    return Tokenizer(ids, rules, specials, first, last, filling, unknown, length if length < 2**20 else MAX_LENGTH)
 
 
 def _json(directory: str, name: str) -> Optional[Dict[str, Any]]:
@@ -202,6 +210,73 @@ def _json(directory: str, name: str) -> Optional[Dict[str, Any]]:
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path!r}: it holds no object; the file is damaged")
     return value
+
+
+def _check_vocab(directory: str, vocab: Any) -> None:
+    if not vocab or not all(isinstance(s, str) and isinstance(i, int) for s, i in vocab.items()):
+        raise UserError(f"{directory!r}: the tokeniser's vocabulary does not give ids for tokens; the file is damaged")
+
+
+def _byte_pairs(directory: str, config: Mapping[str, Any], whole: Optional[Mapping[str, Any]]):
+    """(vocabulary, Rules) of CLIP's tokeniser."""
+    vocab, merges = _from_one(directory, whole) if whole else _from_two(directory)
+    _check_vocab(directory, vocab)
+    ranks = {}
+    for rank, pair in enumerate(merges):
+        unknown = [s for s in (*pair, "".join(pair)) if s not in vocab]
+        if len(pair) != 2 or unknown:
+            raise UserError(f"{directory!r}: merge {rank + 1} of the tokeniser, {' '.join(pair)!r}, is not of two tokens of the "
+                            f"vocabulary that make a third; the file is damaged or belongs to another")
+        ranks[pair] = rank
+    return vocab, Rules(bytepairs.normalise, bytepairs.split_words, lambda word: bytepairs.merge(bytepairs.spell(word), ranks),
+                        bytepairs.unspell)
+
+
+def _word_pieces(directory: str, config: Mapping[str, Any], whole: Optional[Mapping[str, Any]]):
+    """(vocabulary, Rules) of BERT's tokeniser."""
+    model, path = (whole or {}).get("model") or {}, os.path.join(directory, "vocab.txt")
+    if whole:
+        vocab, form = model.get("vocab"), whole.get("normalizer") or {}
+    elif os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            vocab, form = {line.rstrip("\n"): i for i, line in enumerate(file)}, {}
+    else:
+        raise UserError(f"no tokeniser in {directory!r}; it needs vocab.txt, or tokenizer.json")
+    only = {"type": (model, "WordPiece"), "continuing_subword_prefix": (model, wordpieces.INNER), "clean_text": (form, True),
+            "do_basic_tokenize": (config, True), "never_split": (config, None)}
+    options = {"do_lower_case": ("lowercase", True), "strip_accents": ("strip_accents", None),
+               "tokenize_chinese_chars": ("handle_chinese_chars", True)}
+    wrong = [f"{key}={part[key]!r}" for key, (part, allowed) in only.items() if part.get(key, allowed) != allowed]
+    wrong += [f"{key}={config[key]!r} beside {other}={form[other]!r} in tokenizer.json" for key, (other, _) in options.items()
+              if config.get(key, form.get(other)) != form.get(other, config.get(key))]
+    if wrong:
+        raise UserError(f"{directory!r}: the tokeniser has options that are not supported: {', '.join(wrong)}")
+    _check_vocab(directory, vocab)
+    lower, strip, chinese = (config.get(key, form.get(other, default)) for key, (other, default) in options.items())
+    longest = model.get("max_input_chars_per_word", wordpieces.LONGEST)
+    normalise = functools.partial(wordpieces.normalise, lowercase=lower, strip_accents=lower if strip is None else strip, chinese=chinese)
+    return vocab, Rules(normalise, wordpieces.split_words, lambda word: wordpieces.pieces(word, vocab, longest), wordpieces.join)
+
+
+class Row(NamedTuple):
+    """A class of tokenisers.
+
+    Attributes:
+      named: its special tokens, where the files do not say. ends: the names of the first and the last token of a text.
+      read: (directory, tokenizer_config.json, tokenizer.json or None) -> (vocabulary, Rules).
+    """
+    named: Mapping[str, str]
+    ends: Tuple[str, str]
+    read: Callable
+
+
+_END = "<|endoftext|>"
+TOKENIZERS = {
+    "CLIPTokenizer": Row({"bos_token": "<|startoftext|>", "eos_token": _END, "unk_token": _END, "pad_token": _END},
+                         ("bos_token", "eos_token"), _byte_pairs),
+    "BertTokenizer": Row({f"{key}_token": f"[{key.upper()}]" for key in ("unk", "sep", "pad", "cls", "mask")},
+                         ("cls_token", "sep_token"), _word_pieces),
+}
 
 
 def _from_one(directory: str, file: Mapping[str, Any]):
@@ -224,12 +299,12 @@ def _from_two(directory: str):
     return vocab, [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 
-def _named(directory: str, config: Mapping[str, Any]) -> Dict[str, Any]:
-    """The special tokens that have a name or stand in a list, by name, each as a dict with its content."""
+def _named(directory: str, config: Mapping[str, Any], usual: Mapping[str, str]) -> Dict[str, Any]:
+    """The special tokens that have a name or stand in a list, by name, each as a dict with its content; the `usual` ones as well."""
     said = dict(config)
     if "added_tokens_decoder" not in config:
         said |= _json(directory, "special_tokens_map.json") or {}
-    found = {**NAMED, **{key: value for key, value in said.items() if key.endswith("_token") and isinstance(value, (str, dict))}}
+    found = {**usual, **{key: value for key, value in said.items() if key.endswith("_token") and isinstance(value, (str, dict))}}
     more = [token for key in ("additional_special_tokens", "extra_special_tokens") for token in said.get(key) or []]
     found |= {f"extra_{i}": token for i, token in enumerate(more)}
     named = {key: {"content": token} if isinstance(token, str) else token for key, token in found.items()}

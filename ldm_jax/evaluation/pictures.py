@@ -1,9 +1,11 @@
 """Pictures for people: grids of images as PNG files."""
 import os
-from typing import Sequence
+from typing import Optional, Sequence, Tuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from ldm_jax.types import UserError
 
 _SMALLEST = 48  # pixels; smaller images are enlarged by a whole factor so that they can be looked at
 
@@ -34,3 +36,19 @@ def save(path: str, rows: Sequence[np.ndarray]) -> str:
     grid(rows).save(path + ".tmp", format="png")
     os.replace(path + ".tmp", path)
     return path
+
+
+def read(path: str, size: Optional[Tuple[int, int]], channels: int) -> np.ndarray:
+    """A file as uint8 [H, W, channels], scaled and cropped about its centre to `size` (H, W), or of its own size where that is None.
+
+    Raises:
+      UserError: for a file that is missing or no picture.
+    """
+    try:
+        with Image.open(os.path.expanduser(path)) as image:
+            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    except OSError as error:
+        raise UserError(f"cannot read the picture {path!r}: {error}") from error
+    if size is not None:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image.height, image.width, channels)

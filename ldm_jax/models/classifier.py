@@ -89,8 +89,8 @@ class Classifier:
 def noisy_classifier(image_shape: Sequence[int], num_classes: int, *, width: int = 128, mults: Sequence[int] = (1, 2, 3, 4),
                      num_res_blocks: int = 2, attention: Optional[Sequence[int]] = None, num_heads: int = 1,
                      head_width: Optional[int] = 64, pooling: str = "attention", dropout: float = 0.0, resample: str = "block",
-                     scale_shift: bool = True, time_order: str = "cos_sin", norm_eps: float = 1e-5,
-                     norm_groups: Optional[int] = None, time_scale: float = 1000.0, timesteps: Optional[int] = None,
+                     scale_shift: bool = True, time_order: str = "cos_sin", time_width: Optional[int] = None,
+                     norm_eps: float = 1e-5, norm_groups: Optional[int] = None, time_scale: float = 1000.0, timesteps: Optional[int] = None,
                      attention_impl: str = "auto", remat: str = "none", dtype: str = "float32") -> Classifier:
     """The classifier of ADM. `ADM_CLASSIFIERS` has the published ones; arguments that are not here are those of `unet`.
 
@@ -98,6 +98,7 @@ def noisy_classifier(image_shape: Sequence[int], num_classes: int, *, width: int
       image_shape: (H, W, C) of x_t; H and W divisible by 2^(levels - 1).
       attention: the resolutions (heights) that have attention, by default those of 32, 16 and 8 that exist.
       head_width: channels per head, in the pooling too; None for `num_heads` heads.
+      time_width: sinusoids of the time, by default `width`.
       pooling: "attention", one token's answer among learned positions (only for images of this size); "mean", over positions.
 
     Raises:
@@ -113,7 +114,7 @@ def noisy_classifier(image_shape: Sequence[int], num_classes: int, *, width: int
     fields = descent(
         H, W, width=width, mults=mults, num_res_blocks=num_res_blocks, attention=attention, mid_attention=True,
         num_heads=num_heads, head_width=head_width, transformer_depth=0, dropout=dropout, resample=resample,
-        scale_shift=scale_shift, time_order=time_order, norm_eps=norm_eps, norm_groups=norm_groups,
+        scale_shift=scale_shift, time_order=time_order, time_width=time_width, norm_eps=norm_eps, norm_groups=norm_groups,
         attention_impl=attention_impl, remat=remat, dtype=dtype)
     module = NoisyClassifier(num_classes=num_classes, pooling=pooling, **fields)
     net = Net(module, image_shape, num_classes, time_scale, timesteps, dropout=dropout > 0)

@@ -33,19 +33,19 @@ class TextOutputs(NamedTuple):
 
     Attributes:
       last: [B, S, D], the last block's states after the last norm.
-      pooled: [B, D], `last` at the end of the text.
+      pooled: [B, D], `last` at the end of the text; None in a tower that pools nothing.
       projected: [B, P], the pooled output through the projection; None in a tower without one.
       hidden: [depth + 1, B, S, D] where asked for, otherwise None: the embeddings, then what each block gives, none of it normed.
         hidden[-2] is the penultimate layer's.
     """
     last: Array
-    pooled: Array
+    pooled: Optional[Array]
     projected: Optional[Array]
     hidden: Optional[Array]
 
 
 class Block(nn.Module):
-    """One block, as a scan's body. x: [B, S, D], mask: bool [B or 1, 1, S, S], true where a token may look.
+    """One block, as a scan's body. x: [B, S, D], mask: bool [B or 1, 1, S or 1, S], true where a token may look; None for all.
 
     Returns (x, x) with `keep`, otherwise (x, None).
     """
@@ -56,14 +56,17 @@ class Block(nn.Module):
     eps: float
     impl: str
     dtype: Any
+    head_width: Optional[int] = None  # D / num_heads where None
+    qkv_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array, keep: bool):
+    def __call__(self, x: Array, mask: Optional[Array], keep: bool):
         B, S, D = x.shape
         outward = spread(lambda shape: (2 * self.depth * D) ** -0.5)
         h = LayerNorm(self.eps, dtype=self.dtype, name="norm_1")(x)
-        q, k, v = (dense(D, n, self.dtype, init=_inward)(h).reshape(B, S, self.num_heads, -1) for n in ("q", "k", "v"))
-        h = attention(q, k, v, mask, self.impl).reshape(B, S, D)
+        inner = self.num_heads * (self.head_width or D // self.num_heads)
+        q, k, v = (dense(inner, n, self.dtype, self.qkv_bias, _inward)(h).reshape(B, S, self.num_heads, -1) for n in ("q", "k", "v"))
+        h = attention(q, k, v, mask, self.impl).reshape(B, S, inner)
         x = x + dense(D, "out", self.dtype, init=outward)(h)
         h = LayerNorm(self.eps, dtype=self.dtype, name="norm_2")(x)
         h = dense(self.mlp_width, "mlp_in", self.dtype, init=spread(lambda shape: (2 * D) ** -0.5))(h)

@@ -204,7 +204,7 @@ class UNet(Descent):
 def descent(H: int, W: int, *, width: int, mults: Sequence[int], num_res_blocks: int, attention: Sequence[int],
             mid_attention: bool, num_heads: int, head_width: Optional[int], transformer_depth: Union[int, Sequence[int]],
             resample: str, time_order: str, norm_eps: float, norm_groups: Optional[int], attention_impl: str, remat: str,
-            dtype: str, **fields) -> dict:
+            dtype: str, time_width: Optional[int] = None, **fields) -> dict:
     """The fields of `Descent` from the arguments of `unet`, for images of H x W; `fields` go as they are.
 
     Raises:
@@ -240,10 +240,10 @@ def descent(H: int, W: int, *, width: int, mults: Sequence[int], num_res_blocks:
         heads = heads_of(channels, num_heads, head_width)
         return Level(channels, blocks, "cross" if depth else "self", (depth,) * (blocks + 1), heads, resample=resample)
 
-    last = len(mults) - 1
+    last, features = len(mults) - 1, time_width or width
     down = tuple(level(i, num_res_blocks, resample if i != last else None) for i in range(len(mults)))
     return dict(fields, width=width, down=down, middle=level(last + 1, 2, None), num_heads=num_heads, head_width=head_width,
-                time=Time(width, 4 * width, order=time_order), act="silu", kernels=(3, 3), eps=norm_eps, groups=norm_groups,
+                time=Time(features, 4 * features, order=time_order), act="silu", kernels=(3, 3), eps=norm_eps, groups=norm_groups,
                 upcast=False, attention_impl=attention_impl, remat=remat, dtype=layers.compute_dtype(dtype))
 
 

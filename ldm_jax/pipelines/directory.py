@@ -7,14 +7,15 @@
 import dataclasses
 import json
 import os
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 from ldm_jax.pipelines.images import ddim, ddpm, dit, ldm
 from ldm_jax.pipelines.scores import score_sde_ve
 from ldm_jax.pipelines.source import Source
-from ldm_jax.pipelines.texts import stable_diffusion, stable_diffusion_xl
+from ldm_jax.pipelines.texts import ldm_text_to_image, stable_diffusion, stable_diffusion_xl
 from ldm_jax.pipelines.upscaling import ldm_super_resolution, stable_diffusion_upscale
-from ldm_jax.sampling import Pipeline
+from ldm_jax.pipelines.wiring import schedule_and_grid
+from ldm_jax.sampling import Pipeline, Published
 from ldm_jax.types import UserError, lookup
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
@@ -35,6 +36,7 @@ PIPELINES = {
     "StableDiffusionUpscalePipeline": (stable_diffusion_upscale, (*_SD[1], "low_res_scheduler"),
                                        (*_UNUSED, "watermarker", "max_noise_level")),
     "ScoreSdeVePipeline": (score_sde_ve, ("unet", "scheduler"), ()),
+    "LDMTextToImagePipeline": (ldm_text_to_image, ("vqvae", "bert", "tokenizer", "unet", "scheduler"), ()),
     "LDMSuperResolutionPipeline": (ldm_super_resolution, ("vqvae", "unet", "scheduler"), ()),
 }
 
@@ -45,7 +47,7 @@ def is_published(directory: str) -> bool:
 
 
 def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[str] = None, size: Optional[Tuple[int, int]] = None,
-                  **overrides: Any) -> Pipeline:
+                  training: Mapping[str, Any] = {}, **overrides: Any) -> Pipeline:
     """The Pipeline of a published checkpoint's directory, which samples as its scheduler says.
 
     Its x_init is the noise N(0, I) that is diffused, latents where it has a first stage. cond: class ids for DiT; prompts for
@@ -58,6 +60,7 @@ def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[s
       directory: with model_index.json, or a net's with scheduler_config.json beside its config.json.
       dtype: of the computation, see `published.load_net`. variant: of the files, such as "fp16".
       size: (height, width) of the pictures, for models that can make others than the size that they state.
+      training: what it is trained with on from here, see `weights.schedulers.Sampling`.
       overrides: in place of the sampler's settings: name, steps, guidance, grid, batch_size.
 
     Raises:
@@ -74,13 +77,27 @@ def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[s
     unknown = sorted(given - set(components) - set(others))
     if unknown:
         raise UserError(f"the {INDEX} of this {kind} has entries that are not supported: {', '.join(unknown)}")
-    source = Source(directory, index, {"dtype": dtype, "variant": variant}, size and tuple(size))
+    source = Source(directory, index, {"dtype": dtype, "variant": variant}, size and tuple(size), training)
     pipeline = reader(source)
     pipeline = dataclasses.replace(pipeline, published=source.published(kind, pipeline.nets))
     settings = {"name", "steps", "guidance", "grid", "batch_size"}
     if extra := sorted(set(overrides) - settings):
         raise UserError(f"unknown override {extra[0]!r}; choose from: {', '.join(sorted({*settings, 'dtype', 'size', 'variant'}))}")
     return pipeline.with_defaults(**overrides)
+
+
+def sampler_settings(directory: str) -> Dict[str, Any]:
+    """How a published scheduler samples, as the `sampler` section of a recipe has it: name, its options by that name, and grid."""
+    directory = os.path.expanduser(os.fspath(directory))
+    sampling = Source(directory, _index(directory), {}).sampling()
+    return {"name": sampling.sampler, sampling.sampler: dict(sampling.options), "grid": schedule_and_grid(sampling)[1]}
+
+
+def published_of(directory: str, nets: Iterable[str]) -> Published:
+    """What a published directory holds beside the weights of `nets`, names of ours."""
+    directory = os.path.expanduser(os.fspath(directory))
+    index = _index(directory)
+    return Source(directory, index, {}).published(index["_class_name"], nets)
 
 
 def _index(directory: str) -> Mapping[str, Any]:

@@ -8,7 +8,6 @@ from ldm_jax.pipelines.wiring import wired
 from ldm_jax.sampling import Pipeline
 from ldm_jax.systems.conditioners import class_label
 from ldm_jax.systems.conditions import Conditioner, Space
-from ldm_jax.types import UserError
 
 
 def _told_classes(net: Net, count: Optional[int]) -> Tuple[Net, Callable[[Space], Mapping[str, Conditioner]]]:
@@ -46,9 +45,8 @@ def dit(source: Source) -> Pipeline:
     """DiTPipeline: a transformer on the latents of a first stage, or on pixels where there is none, told the class."""
     net, params = source.net("transformer")
     net, conditioners = _told_classes(net, source.index.get(CLASSES))
-    if source.size:
-        raise UserError(f"size={source.size}: a transformer makes pictures of the size that it was trained on; leave it out")
     labels = source.index.get("id2label") or {}
     names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     first_stage = source.net("vae") if source.has("vae") else None
-    return wired(source.sampling(), net, params, first_stage, conditioners, steps=50, guidance=4.0, class_names=names)
+    return wired(source.sampling(), net, params, first_stage, conditioners, steps=50, guidance=4.0, class_names=names,
+                 size=source.size)

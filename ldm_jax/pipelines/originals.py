@@ -190,22 +190,24 @@ def ldm(file: File, config: Mapping[str, Any]) -> Pipeline:
         refuse(config, [f"unet_config.target={kind!r}"])
     H, W = said["image_size"] if isinstance(said["image_size"], tuple) else (said["image_size"],) * 2
     arguments = {**original_unet.ldm_arguments(unet, (H, W, said["channels"])), "timesteps": sampling.steps}
+    concat, conditional, wrong = arguments["concat_channels"], said["cond_stage_config"] != originals.UNCONDITIONAL, []
+    if conditional:
+        lookup(CONDITIONS, originals.target(said["cond_stage_config"], "cond_stage_config")[0], "target of a cond_stage_config")
+    if arguments["num_classes"] or arguments["vector_dim"]:
+        wrong.append(f"num_classes={unet.get('num_classes')!r} of the unet_config")
+    if (concat, said["conditioning_key"] == "hybrid") not in ((None, False), (said["channels"] + 1, True)):
+        wrong.append(f"in_channels={unet.get('in_channels')!r} with channels={said['channels']}, conditioning_key={said['conditioning_key']!r}")
+    if bool(arguments["context_dim"]) != conditional:
+        wrong.append(f"context_dim={arguments['context_dim']!r} with cond_stage_config={str(said['cond_stage_config'])[:60]!r}")
+    refuse(config, wrong)
     order = "new" if unet.get("use_new_attention_order") else "legacy"
     layout = original_unet.unet_rules(arguments, order, bool(unet.get("use_linear_in_transformer")))
     net, params = file.net("unet_of_levels", arguments, layout, arrays, f"arrays {NETS}*")
     others, conditioner = _condition(file, said, net, text_arrays)
 
     def conditioners(space: Space) -> Mapping[str, Conditioner]:
-        return {**conditioner, **({"masked_image": masked_image(space)} if net.concat_channels else {})}
+        return {**conditioner, **({"masked_image": masked_image(space)} if concat else {})}
 
-    wrong = []
-    if net.num_classes or net.vector_dim:
-        wrong.append(f"num_classes={unet['num_classes']!r} of the unet_config")
-    if (net.concat_channels, said["conditioning_key"] == "hybrid") not in ((None, False), (said["channels"] + 1, True)):
-        wrong.append(f"in_channels={unet['in_channels']!r} with channels={said['channels']}, conditioning_key={said['conditioning_key']!r}")
-    if bool(net.context_dim) != bool(conditioner):
-        wrong.append(f"context_dim={net.context_dim!r} with cond_stage_config={str(said['cond_stage_config'])[:60]!r}")
-    refuse(config, wrong)
     return wired(sampling, net, params, _first_stage(file, said, coder_arrays), conditioners, steps=said["sampling"]["steps"],
                  guidance=said["sampling"]["guidance"], others=others, size=file.size)
 
@@ -277,7 +279,7 @@ def _condition(file: File, said: Mapping[str, Any], net: Any, arrays: Mapping[st
             raise UserError(f"{file.path!r} has {len(arrays)} arrays {TEXT}*, and its config is unconditional; give the config of this file")
         return {}, {}
     kind, params = originals.target(said["cond_stage_config"], "cond_stage_config")
-    return lookup(CONDITIONS, kind, "target of a cond_stage_config")(file, params, net, arrays)
+    return CONDITIONS[kind](file, params, net, arrays)
 
 
 def _of_class(file: File, params: Mapping[str, Any], net: Any, arrays: Mapping[str, Any]):

@@ -10,16 +10,21 @@ from ldm_jax.types import PyTree
 from ldm_jax.weights.schedulers import Sampling, read_scheduler
 
 CLASSES = "_classes"  # our entry of model_index.json, which diffusers leaves alone: how many classes are real, the next being null
+WORDS = {"bert": "tokenizer"}  # a text tower's tokeniser, where the two are not named alike
 PLACES = {"net": ("unet", "transformer"), "autoencoder": ("vae", "vqvae")}  # the components that a net of ours may be
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checkpoint's directory, its index, how its components are read, and the size (H, W) of the pictures, None for its own."""
+    """A checkpoint's directory, its index, how its components are read, and the size (H, W) of the pictures, None for its own.
+
+    training: what it is trained with on from here, see `weights.schedulers.Sampling`.
+    """
     directory: str
     index: Mapping[str, Any]
     options: Mapping[str, Any]
     size: Optional[Tuple[int, int]] = None
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         """Whether the index names a component; it may name one as left out, too."""
@@ -37,12 +42,13 @@ class Source:
         """(towers, parameters, tokenisers) by the towers' names, for "text_encoder" and the like."""
         read = {"dtype": self.options["dtype"], "variant": self.options["variant"]}
         found = {name: load_net(self.place(name), **read) for name in names}
-        tokenizers = {name: load_tokenizer(self.place(name.replace("text_encoder", "tokenizer"))) for name in names}
+        words = {name: WORDS.get(name) or name.replace("text_encoder", "tokenizer") for name in names}
+        tokenizers = {name: load_tokenizer(self.place(part), (self.index.get(part) or (None, None))[1]) for name, part in words.items()}
         return {name: net for name, (net, _) in found.items()}, {name: params for name, (_, params) in found.items()}, tokenizers
 
     def sampling(self) -> Sampling:
         """What its scheduler says."""
-        return read_scheduler(self.place("scheduler"))
+        return dataclasses.replace(read_scheduler(self.place("scheduler")), training=self.training)
 
     def published(self, kind: str, nets: Iterable[str]) -> Published:
         """What the directory holds beside the weights of `nets`; what judges or marks finished pictures is left out."""

@@ -1,4 +1,5 @@
 """Published pipelines that are told a text."""
+import dataclasses
 from typing import Any, Callable, Mapping
 
 from ldm_jax.pipelines.source import Source
@@ -8,6 +9,7 @@ from ldm_jax.systems.conditioners import masked_image
 from ldm_jax.systems.conditions import Conditioner, Space
 from ldm_jax.systems.prompts import prompt
 
+LENGTH = 77  # tokens of a text in LDM's text-to-image, whatever its tokeniser says
 AESTHETIC, UNAESTHETIC = 6.0, 2.5  # the scores that SDXL's refiner is told of the prompt and of the negative
 
 
@@ -37,6 +39,16 @@ def stable_diffusion_xl(source: Source) -> Pipeline:
     pipeline = wired(source.sampling(), net, params, coder, _with_pictures(net, conditioner), steps=50, guidance=5.0,
                      others={name: (towers[name], weights[name]) for name in towers}, size=source.size)
     return pipeline.with_defaults(strength=0.3) if scored else pipeline
+
+
+def ldm_text_to_image(source: Source) -> Pipeline:
+    """LDMTextToImagePipeline: latent diffusion told a text by a tower of its own."""
+    net, params = source.net("unet")
+    towers, weights, tokenizers = source.text("bert")
+    tokenizers = {name: dataclasses.replace(words, max_length=LENGTH) for name, words in tokenizers.items()}
+    conditioner = prompt(towers, tokenizers, weights, needs={"context_dim": net.context_dim})
+    return wired(source.sampling(), net, params, source.net("vqvae"), lambda space: {"prompt": conditioner}, steps=50,
+                 others={name: (towers[name], weights[name]) for name in towers}, size=source.size)
 
 
 def _with_pictures(net: Any, conditioner: Conditioner) -> Callable[[Space], Mapping[str, Conditioner]]:

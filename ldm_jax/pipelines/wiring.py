@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ldm_jax import process
 from ldm_jax.models.net import Net
+from ldm_jax.models.unet import UNet
 from ldm_jax.process import tabled, thresholding
 from ldm_jax.process.samplers import grid_times
 from ldm_jax.sampling import Pipeline
@@ -14,7 +15,7 @@ from ldm_jax.systems import System
 from ldm_jax.systems.base import Codec, diffusion
 from ldm_jax.systems.conditions import Conditioner, Space
 from ldm_jax.systems.latent import latent
-from ldm_jax.types import Array, PyTree, UserError
+from ldm_jax.types import Array, PyTree, UserError, fold_in
 from ldm_jax.weights.schedulers import Sampling
 
 
@@ -87,12 +88,30 @@ def resized(net: Net, size: Tuple[int, int], factor: int) -> Net:
     """The U-Net for pictures of size (H, W), `factor` times that of x_t. Its parameters are the same.
 
     Raises:
-      UserError: for a size that its levels do not divide.
+      UserError: for a size that its levels do not divide, and for a transformer, whose positions have one size.
     """
+    if tuple(size) == tuple(n * factor for n in net.image_shape[:2]):
+        return net
+    if not isinstance(net.module, UNet):
+        raise UserError(f"size={size}: a transformer makes pictures of the size that it was trained on; leave it out")
     unit = factor * 2 ** (len(net.module.down) - 1)
     if len(size) != 2 or not all(isinstance(n, int) and n > 0 and n % unit == 0 for n in size):
         raise UserError(f"size={size} must be (height, width), multiples of {unit} for this model")
     return dataclasses.replace(net, image_shape=(*(n // factor for n in size), net.image_shape[-1]))
+
+
+def dropped(conditioners: Mapping[str, Conditioner], drops: Mapping[str, float]) -> Mapping[str, Conditioner]:
+    """The conditioners, dropped in training at the rates `drops`, by name, in place of their own.
+
+    Raises:
+      UserError: for a conditioner that the model has not, and for dropping the class of a model that has no null class.
+    """
+    for name, rate in drops.items():
+        if name not in conditioners:
+            raise UserError(f"this model has no condition {name!r}; it takes: {', '.join(conditioners) or 'none'}")
+        if rate and not conditioners[name].drop and name == "class":
+            raise UserError(f"drop={rate} of the class needs a null class, which this model has not; set it to 0")
+    return {name: dataclasses.replace(c, drop=drops.get(name, c.drop)) for name, c in conditioners.items()}
 
 
 def wired(sampling: Sampling, net: Net, params: PyTree, autoencoder: Optional[Tuple[Any, PyTree]], conditioners: Callable, *,
@@ -107,15 +126,20 @@ def wired(sampling: Sampling, net: Net, params: PyTree, autoencoder: Optional[Tu
       UserError: for a net and a scheduler that do not fit together, and a size that the net cannot make.
     """
     net = net if size is None else resized(net, size, autoencoder[0].factor if autoencoder else 1)
+    training = dict(sampling.training)
+    drops, own = training.pop("drops", {}), "schedule" in training
     schedule, grid = schedule_and_grid(sampling)
-    net, C = told(net, sampling), net.image_shape[-1]
+    net, C = told(net, dataclasses.replace(sampling, time="exact") if own else sampling), net.image_shape[-1]
     if net.out_channels not in (C, 2 * C):
         raise UserError(f"the net gives {net.out_channels} channels for x_t of {C}; it must be as many, or twice that where it "
                         f"learns a variance")
     learned = net.out_channels == 2 * C
     if sampling.options.get("variance") == "learned" and not learned:
         raise UserError("the scheduler has variance_type='learned_range' and the net gives no variance")
-    options = dict(schedule=schedule, parameterization=sampling.target, learned_variance=learned)
+    if training.pop("learned_variance", learned) != learned:
+        raise UserError(f"the net {'learns a' if learned else 'gives no'} variance; set process.learned_variance={learned}")
+    options = {**dict(schedule=schedule, parameterization=sampling.target, learned_variance=learned), **training}
+    given, conditioners = conditioners, lambda space: dropped(given(space), drops)
     weights = {"net": params, **{name: p for name, (_, p) in others.items()}}
     if autoencoder is None:
         space = Space(net.image_shape, net.image_shape)
@@ -128,8 +152,10 @@ def wired(sampling: Sampling, net: Net, params: PyTree, autoencoder: Optional[Tu
         system = latent(net, coder, image_shape=shape, conditioners=conditioners(Space(shape, net.image_shape)), **options)
         scale, shift = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (c,)) for a in (coder.scale, coder.shift))
         weights["latent"] = {"shift": shift, "scale": 1.0 / scale}
-    system = published(system, schedule, sampling)
-    system = dataclasses.replace(system, nets={**system.nets, **{name: n for name, (n, _) in others.items()}})
+    system = system if own else published(system, schedule, sampling)
+    nets = {name: n for name, (n, _) in others.items()}
+    system = dataclasses.replace(system, nets={**system.nets, **nets}, init=lambda key, init=system.init: {
+        **init(key), **{name: n.init(fold_in(key, 2 + i)) for i, (name, n) in enumerate(nets.items())}})
     defaults = {"name": sampling.sampler, "steps": min(steps, sampling.steps), "grid": grid, "guidance": guidance,
                 "batch_size": 8, sampling.sampler: dict(sampling.options)}
     return Pipeline(system, weights, defaults, class_names)

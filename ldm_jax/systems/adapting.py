@@ -1,4 +1,4 @@
-"""LoRA of a system (Hu et al. 2022): its nets are held fixed, and low-rank adapters of their kernels are trained in their place."""
+"""LoRA of a system (Hu et al. 2022): its nets are held fixed, and low-rank adapters of their kernels are trained instead."""
 import dataclasses
 from typing import Optional, Sequence
 
@@ -32,25 +32,26 @@ def adapted(system: System, *, rank: int = 4, alpha: Optional[float] = None, tar
     names = tuple(nets if start is None else start.adapters)
     for name in names:
         lookup(system.nets, name, "net to adapt")
-    if "lora" in system.nets or not names:
-        raise UserError("a system can be adapted once, in at least one of its nets" if not names else "this system is adapted already")
+    if not names:
+        raise UserError(f"nets={nets!r} of LoRA names no net; choose from: {', '.join(sorted(system.nets))}")
+    if "lora" in system.trained:
+        raise UserError("this system has adapters already; adapt the one without")
     if rank < 1:
         raise UserError(f"rank={rank} of LoRA must be at least 1")
-    whole = start or Lora({}, (rank if alpha is None else alpha) / rank)
+    scale = start.scale if start is not None else (rank if alpha is None else alpha) / rank
 
     def init(key):
         params = system.init(key)
         if start is not None:
             return {**params, "lora": jax.tree.map(lambda a: jnp.array(a, jnp.float32), dict(start.adapters))}
         key = fold_in(key, _KEY)
-        return {**params, "lora": {name: lora.init(fold_in(key, i), params[name], targets, rank) for i, name in enumerate(names)}}
+        shapes = [params[name] if name in params else jax.eval_shape(system.nets[name].init, key) for name in names]
+        fresh = {name: lora.init(fold_in(key, i), shapes[i], targets, rank) for i, name in enumerate(names)}
+        return {**params, "lora": fresh}
 
-    def merged(params, factor=1.0):
-        changed = {}
-        for name in names:
-            scale = jax.tree.map(lambda s: s * factor, whole.scale_of(name))
-            changed[name] = lora.merge(params[name], params["lora"][name], scale)
-        return {name: changed.get(name, tree) for name, tree in params.items() if name != "lora"}
+    def merged(params, strength=1.0):
+        base = {name: tree for name, tree in params.items() if name != "lora"}
+        return lora.merge_all(base, Lora(params["lora"], scale), strength)
 
     def loss_fn(params, batch, key):
         fixed = {name: tree if name == "lora" else jax.lax.stop_gradient(tree) for name, tree in params.items()}
@@ -63,6 +64,5 @@ def adapted(system: System, *, rank: int = 4, alpha: Optional[float] = None, tar
         return function and (lambda params, *rest: function(merged(params), *rest))
 
     return dataclasses.replace(
-        system, nets={**system.nets, "lora": Adapters(system.nets)}, trained=("lora",), init=init, loss_fn=loss_fn,
-        sample=system.sample and sample, reconstruct=of_merged(system.reconstruct), classify=of_merged(system.classify),
-        codes=of_merged(system.codes))
+        system, trained=("lora",), adapter_scale=scale, init=init, loss_fn=loss_fn, sample=system.sample and sample,
+        reconstruct=of_merged(system.reconstruct), classify=of_merged(system.classify), codes=of_merged(system.codes))

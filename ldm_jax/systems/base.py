@@ -35,6 +35,7 @@ class System:
         entries), notes being what loss_fn left in metrics["notes"].
       read: () -> the entries of params that come from files, read once when a run begins.
       schedule, parameterization, learned_variance: of the process, where there is one.
+      adapter_scale: what the adapters in params["lora"] are multiplied by, see `systems.adapting`; None where there are none.
       kept: (values, bits) that a first stage keeps of a picture: how many, and of how many bits each.
     """
     nets: Mapping[str, Any]
@@ -55,6 +56,7 @@ class System:
     schedule: Optional[process.Schedule] = None
     parameterization: Optional[str] = None
     learned_variance: bool = False
+    adapter_scale: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A row of CONDITIONERS takes a `Space` and its options. What it reads from a user is checked here, by name.
 """
-from typing import Any, Mapping, Sequence, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -95,36 +95,67 @@ def low_resolution(space: Space, *, factor: int = 4, max_noise: float = 0.5, met
       max_noise: the largest s, at most 1; 0 for none.
       method: "bilinear" or "nearest", how z comes to the size of x_t.
     """
+    if not 0.0 <= max_noise <= 1.0:
+        raise UserError(f"max_noise={max_noise} of low_resolution must be in 0..1")
+    return _small_picture(space, factor, method, drop, lambda s: {"vector": s[:, None]}, {"vector_dim": 1}, float(max_noise))
+
+
+def stepped_low_resolution(space: Space, *, factor: int = 4, abar: Optional[Sequence[float]] = None, highest: int = 0,
+                           usual: int = 0) -> Conditioner:
+    """`low_resolution` whose level is a step k of a table: the net gets z = sqrt(abar_k) y + sqrt(1 - abar_k) eps, and k.
+
+    k fills the place of a class, in a net whose class_kind is "number". Without a table there is no noise, and nothing is told.
+
+    Args:
+      abar: alpha^2 of the steps. highest: the largest k that may be given. usual: the k of pictures that are given without one.
+    """
+    if abar is None:
+        return _small_picture(space, factor, "nearest", 0.0, lambda k: {}, {}, 0.0)
+    if not 0 <= usual <= highest < len(abar):
+        raise UserError(f"noise levels of the small picture up to {highest}, usually {usual}, of a table of {len(abar)}: they must "
+                        f"be usual <= highest < length")
+    sigma = np.sqrt(1.0 - np.asarray(abar, np.float64)).astype(np.float32)
+    return _small_picture(space, factor, "nearest", 0.0, lambda k: {"class": k}, {}, highest, usual, sigma)
+
+
+def _small_picture(space: Space, factor: int, method: str, drop: float, told: Callable[[Array], Mapping[str, Array]],
+                   needs: Mapping[str, int], highest: float, usual: float = 0.0, table: Optional[np.ndarray] = None) -> Conditioner:
+    """What the conditioners of small pictures share.
+
+    told: levels [B] -> place -> what the net is told of them. needs: of that. table: the standard deviations of levels that are
+    whole numbers; None for levels that are standard deviations.
+    """
     H, W, C = space.image_shape
     if factor < 1 or H % factor or W % factor:
         raise UserError(f"factor={factor} of low_resolution must divide the image size {H}x{W}")
-    if not 0.0 <= max_noise <= 1.0:
-        raise UserError(f"max_noise={max_noise} of low_resolution must be in 0..1")
     if method not in ("bilinear", "nearest"):
         raise UserError(f"unknown method {method!r} of low_resolution; choose from: bilinear, nearest")
     small, size = (H // factor, W // factor, C), space.shape[:2]
+    kinds, dtype = ("fiu", jnp.float32) if table is None else ("iu", jnp.int32)
 
     def draw(batch, keys):
         image = to_signed(batch["image"]) * 0.5 + 0.5
         image = image.reshape(-1, small[0], factor, small[1], factor, C).mean((2, 4))
-        return {"image": image, "level": max_noise * uniform(keys, len(keys))}
+        level = uniform(keys, len(keys))
+        return {"image": image, "level": highest * level if table is None else jnp.floor((highest + 1) * level).astype(dtype)}
 
     def encode(params, value, keys, codec):
-        y, s = value["image"] * 2.0 - 1.0, value["level"]
+        y, s = value["image"] * 2.0 - 1.0, value["level"] if table is None else jnp.asarray(table)[value["level"]]
         z = expand(jnp.sqrt(1.0 - s**2), y) * y + expand(s, y) * normal(keys, y.shape)
-        return {"concat": _resize(z, size, method), "vector": s[:, None]}
+        return {"concat": _resize(z, size, method), **told(value["level"])}
 
     def read(value):
         given = value if isinstance(value, Mapping) else {"image": value}
         _parts(given, ("image",), ("level",), "a low-resolution condition")
-        level = _array(0.0 if given.get("level") is None else given["level"], "fiu", f"a noise level from 0 to {max_noise}")
-        if level.ndim > 1 or level.min() < 0 or level.max() > max_noise:
-            raise UserError(f"level={given['level']!r} of a low-resolution picture: give numbers from 0 to {max_noise}, one "
+        level = _array(usual if given.get("level") is None else given["level"], kinds, f"a noise level from 0 to {highest}" +
+                       ("" if table is None else ", a whole number"))
+        if level.ndim > 1 or level.min() < 0 or level.max() > highest:
+            raise UserError(f"level={given['level']!r} of a low-resolution picture: give numbers from 0 to {highest}, one "
                             f"each or one for all")
-        return _together({"image": read_pictures(given["image"], small), "level": np.atleast_1d(level).astype(np.float32)})
+        return _together({"image": read_pictures(given["image"], small), "level": np.atleast_1d(level).astype(dtype)})
 
-    return Conditioner(needs={"concat_channels": C, "vector_dim": 1}, fields=("image",), drop=drop, read=read, draw=draw,
-                       encode=encode, null=lambda n: {"concat": jnp.zeros((n, *size, C)), "vector": jnp.zeros((n, 1))},
+    return Conditioner(needs={"concat_channels": C, **needs}, fields=("image",), drop=drop, read=read, draw=draw, encode=encode,
+                       null=lambda n: {"concat": jnp.zeros((n, *size, C)), **told(jnp.zeros((n,), dtype))},
                        show=lambda value: _resize(value["image"], (H, W), "nearest"))
 
 

@@ -47,6 +47,7 @@ class Conditioner:
       read: a user's value -> value, its leading axis 1 where it was given once for all pictures.
       drop: the rate at which training drops it.
       show: value -> pictures [B, H, W, C] in [0, 1] for people, where it can be looked at.
+      tokens: texts -> the arrays of `fields`, where they are drawn from texts that the data has.
       opposite: like `encode`, what guidance steers away from, where a value says that itself; otherwise it is null.
     """
     needs: Mapping[str, int]
@@ -58,6 +59,7 @@ class Conditioner:
     drop: float
     show: Optional[Callable[[PyTree], Array]] = None
     opposite: Optional[Callable[[PyTree, PyTree, Array, Any], Mapping[str, Array]]] = None
+    tokens: Optional[Callable[[Sequence[str]], Mapping[str, Any]]] = None
 
     def __post_init__(self):
         if not 0.0 <= self.drop <= 1.0:

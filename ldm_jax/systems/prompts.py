@@ -19,7 +19,7 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
     """Texts as context [B, S, D] for cross-attention, D of all towers together.
 
     A value is {"prompt": {tower: ids [B, S]}}, and "negative" likewise, the texts that guidance steers away from; a user gives a
-    text, a list of texts, or {"prompt": texts, "negative": texts}. Null, and the negative where none is given: the empty text.
+    text, a list of texts, or {"prompt": texts, "negative": texts}, where tokens may stand for texts. Null, and the negative where none is given: the empty text.
 
     Args:
       towers: name -> tower, see `ldm_jax.models.clip.TextTower`. tokenizers: name -> (texts) -> (ids, mask, cut).
@@ -40,7 +40,7 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
 
     against = functools.partial(places, numbers=negative_time_ids or time_ids)
 
-    def tokens(texts: Any) -> Mapping[str, np.ndarray]:
+    def tokens(texts: Any, warn: bool = True) -> Mapping[str, np.ndarray]:
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"cond={str(texts)[:60]!r}: this model takes prompts, a str or a list of them")
@@ -48,7 +48,7 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
         for name, tokenize in tokenizers.items():
             found = tokenize(list(texts))
             for text, cut in zip(texts, found.cut):
-                if cut:
+                if cut and warn:
                     warnings.warn(f"a prompt is too long for this model; it does not see {cut!r}")
             ids[name] = np.asarray(found.ids, np.int32)
         return ids
@@ -58,7 +58,7 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
         if "prompt" not in given or set(given) - {"prompt", "negative"}:
             raise UserError(f"cond has the parts {', '.join(sorted(map(str, given)))}; give texts, or "
                             f'{{"prompt": texts, "negative": texts}}')
-        parts = {part: tokens(texts) for part, texts in given.items() if texts is not None}
+        parts = {part: texts if isinstance(texts, Mapping) else tokens(texts) for part, texts in given.items() if texts is not None}
         n = max(len(ids) for of in parts.values() for ids in of.values())
         if any(len(ids) not in (1, n) for of in parts.values() for ids in of.values()):
             raise UserError("as many negative prompts as prompts must be given, or one for all")
@@ -78,4 +78,5 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
         return {"prompt": {name: batch[f"prompt_{name}"] for name in towers}}
 
     return Conditioner(needs=needs, fields=tuple(f"prompt_{name}" for name in towers), draw=draw, read=read, null=null, drop=DROP,
-                       encode=lambda params, value, keys, codec: places(params, value["prompt"]), opposite=opposite)
+                       encode=lambda params, value, keys, codec: places(params, value["prompt"]), opposite=opposite,
+                       tokens=lambda texts: {f"prompt_{name}": ids for name, ids in tokens(list(texts), warn=False).items()})

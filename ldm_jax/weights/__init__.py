@@ -1,4 +1,4 @@
 """Published weights: their files as numpy arrays, without the libraries that wrote them."""
-from ldm_jax.weights.files import read_arrays
+from ldm_jax.weights.files import open_arrays, read_arrays
 
-__all__ = ["read_arrays"]
+__all__ = ["open_arrays", "read_arrays"]

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
 import numpy as np
 
 from ldm_jax.types import UserError
-from ldm_jax.weights import maps_autoencoder, maps_clip, maps_dit, maps_unet
+from ldm_jax.weights import maps_autoencoder, maps_bert, maps_clip, maps_dit, maps_unet
 from ldm_jax.weights.files import read_arrays
 from ldm_jax.weights.rules import Rule
 from ldm_jax.weights.stored import open_safetensors
@@ -49,7 +49,9 @@ LAYOUTS = {
     "DiTTransformer2DModel": Layout("dit", maps_dit.dit_arguments, maps_dit.dit_rules),
     "Transformer2DModel": Layout("dit", maps_dit.dit_arguments, maps_dit.dit_rules),
     "CLIPTextModel": Layout("clip_text", maps_clip.clip_text_arguments, maps_clip.clip_text_rules, maps_clip.today),
+    "LDMBertModel": Layout("bert_text", maps_bert.bert_arguments, maps_bert.bert_rules, maps_bert.without_words),
 }
+MODEL_TYPES = {"clip_text_model": "CLIPTextModel", "ldmbert": "LDMBertModel"}  # how the configs of text towers name their class
 
 
 def read_config(directory: str) -> Dict[str, Any]:

@@ -25,18 +25,22 @@ class Sampling:
       steps: T.
       target: a row of PARAMETERIZATIONS.
       sampler, options: a row of SAMPLERS and what it is made with.
-      abar: [T] float64, alpha^2 of the integer steps; None for rectified flow.
+      abar: [T] float64, alpha^2 of the integer steps; None for rectified flow and for "levels".
       log_between: between the integer steps log(sigma / alpha) is linear in the time, otherwise sigma / alpha is.
-      spacing: how the steps are chosen: "leading", "trailing", "linspace", or "flow" for rectified flow.
+      spacing: how the steps are chosen: "leading", "trailing", "linspace", "flow" for rectified flow, or "levels" of noise, in equal
+        ratios, of a process with alpha = 1.
       offset, endpoint, rounded: of the spacing, see `process.grids`.
       levels: "karras" or "exponential": noise levels put between the first and the last of the steps instead; None for none.
       whole_table: `levels` lie between the ends of the table instead.
       last: the integer step that ends it: -1 for data, or 0.
-      time: what integer step the net is told: "round", "floor" or "exact", which need not be whole.
+      time: what integer step the net is told: "round", "floor" or "exact", which need not be whole. unit: times this.
       scaled_start: it starts from noise of the first step's sigma; otherwise from N(0, I) whatever step is first.
       clip: x0 is kept within this; None for not.
       threshold: (quantile, maximum) of dynamic thresholding; None for none.
       shift: of rectified flow.
+      training: what a net is trained with on from here, arguments of `systems.base.diffusion`; with a schedule and a parameterization
+        among them all of the above gives way to them. "drops": the rates at which conditions are dropped, by name.
+      sigmas: (least, largest) of "levels". The net is told sigma itself, that of the time least_time + (1 - least_time) t.
     """
     steps: int
     target: str
@@ -52,10 +56,14 @@ class Sampling:
     whole_table: bool = False
     last: int = -1
     time: str = "round"
+    unit: float = 1.0
     scaled_start: bool = False
     clip: Optional[float] = None
     threshold: Optional[Tuple[float, float]] = None
     shift: float = 1.0
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sigmas: Optional[Tuple[float, float]] = None
+    least_time: float = 0.0
 
 
 def read_scheduler(directory: str) -> Sampling:
@@ -238,8 +246,28 @@ def flow_euler(config: Mapping[str, Any]) -> Sampling:
                     shift=said["shift"], time="exact")
 
 
+def score_sde_ve(config: Mapping[str, Any]) -> Sampling:
+    """ScoreSdeVeScheduler: at each noise level Langevin's corrector and then a step of reverse diffusion (Song et al. 2021).
+
+    Its corrector takes the norms of the noise and of the score as means over a batch; here each example has its own, so that a
+    picture does not depend on the others. They are the same for a batch of one.
+    """
+    said = options(config, {"num_train_timesteps": 2000, "snr": 0.15, "sigma_min": 0.01, "sigma_max": 1348.0, "sampling_eps": 1e-5,
+                            "correct_steps": 1},
+                   {"num_train_timesteps": lambda n: n >= 1, "snr": lambda r: r > 0, "sampling_eps": lambda t: 0 <= t < 1,
+                    "correct_steps": lambda n: isinstance(n, int) and n >= 0})
+    low, high, least = said["sigma_min"], said["sigma_max"], said["sampling_eps"]
+    if not 0 < low < high:
+        refuse(config, [f"sigma_min={low!r} with sigma_max={high!r}"])
+    if least * said["num_train_timesteps"] > 1:  # it would leave out noise levels
+        refuse(config, [f"sampling_eps={least!r}, more than one of num_train_timesteps={said['num_train_timesteps']!r} steps"])
+    return Sampling(steps=said["num_train_timesteps"], target="score", sampler="predictor_corrector",
+                    options={"predictor": "ddpm_large", "snr": said["snr"], "repeats": said["correct_steps"], "first": "corrector",
+                             "norms": "drawn"}, spacing="levels", scaled_start=True, sigmas=(low, high), least_time=least)
+
+
 # a scheduler's class -> its config -> Sampling
 SCHEDULERS = {"DDPMScheduler": ddpm, "DDIMScheduler": ddim, "PNDMScheduler": pndm, "LMSDiscreteScheduler": lms,
               "EulerDiscreteScheduler": euler, "EulerAncestralDiscreteScheduler": euler_ancestral, "HeunDiscreteScheduler": heun,
               "DPMSolverMultistepScheduler": dpm_solver, "UniPCMultistepScheduler": unipc,
-              "FlowMatchEulerDiscreteScheduler": flow_euler}
+              "ScoreSdeVeScheduler": score_sde_ve, "FlowMatchEulerDiscreteScheduler": flow_euler}

@@ -76,9 +76,15 @@ def _open(path: str) -> Dict[str, Stored]:
     return tensors
 
 
-def write_safetensors(path: str, arrays: Mapping[str, Any]) -> None:
+def read_metadata(path: str) -> Dict[str, str]:
+    """The words that a file which `open_safetensors` can open says about itself, by name."""
+    with open(os.path.expanduser(os.fspath(path)), "rb") as file:
+        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
+
+
+def write_safetensors(path: str, arrays: Mapping[str, Any], metadata: Mapping[str, str] = {}) -> None:
     """Write arrays to a file, one at a time, in the order of their names; it appears under its name once it is whole."""
-    arrays, header, end = dict(sorted(arrays.items())), {"__metadata__": {"format": "pt"}}, 0
+    arrays, header, end = dict(sorted(arrays.items())), {"__metadata__": {"format": "pt", **metadata}}, 0
     for name, array in arrays.items():
         size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
         header[name] = {"dtype": NAMES[np.dtype(array.dtype)], "shape": list(array.shape), "data_offsets": [end, end + size]}

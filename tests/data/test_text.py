@@ -128,7 +128,7 @@ def test_no_text(tmp_path, text):
     (dict(vocab='{"a":'), "vocab.json.*damaged"), (dict(vocab=[1]), "holds no object"), (dict(vocab={}), "does not give ids"),
     (dict(merges=[("a",)]), "merge 1 of the tokeniser, 'a'"),
     (dict(merges=[MERGES[0], ("ca", "q")]), "merge 2 of the tokeniser, 'ca q'"),
-    (dict(config={"tokenizer_class": "T5Tokenizer"}), "'T5Tokenizer'; choose from: CLIPTokenizer"),
+    (dict(config={"tokenizer_class": "T5Tokenizer"}), "'T5Tokenizer'; choose from: BertTokenizer, CLIPTokenizer"),
     (dict(config={"padding_side": "left"}), "padding_side='left'"), (dict(config={"model_max_length": 2}), "model_max_length=2"),
     (dict(config={"pad_token": {"lstrip": False}}), "pad_token of the tokeniser has no content"),
     (dict(added_tokens={"new": 7}), "'new' has the id 7 where the vocabulary makes it 522"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from tests.parity.test_pipelines import (
+from tests.parity.peers import (
     CODER, CROSS, NEGATIVE, PROMPTS, SCALED, XL, close, nchw, noise, randomise, saved, scheduler, started_from, tokenizer, tower)
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.process import PARAMETERIZATIONS, SAMPLERS, SCHEDULES, denoiser, prior, sample
-from ldm_jax.process.langevin import langevin
+from ldm_jax.process.langevin import PREDICTORS, langevin
 from ldm_jax.process.multistep import exponential_moments
 from ldm_jax.process.parameterizations import check_parameterization
 from ldm_jax.process.samplers import make_sampler
@@ -193,6 +193,28 @@ def test_corrector_step_size():
     assert abs(float(jnp.std(out)) / (2**0.5 * 2 * snr * 0.5) - 1) < 4.5 / (2 * n) ** 0.5
 
 
+def test_corrector_of_drawn_norms_before_the_step():
+    """Each example moves along its own score by snr times as much as its noise weighs; then the predictor steps from there."""
+    schedule, snr, shape, t = SCHEDULES["ve"](0.1, 2.0), 0.3, (3, 2, 4), np.full(3, 0.6, np.float32)
+    rng = np.random.default_rng(0)
+    x, eps = (rng.normal(size=shape).astype(np.float32) * np.array([1, 2, 5], np.float32)[:, None, None] for _ in range(2))
+    keys, sigma = example_keys(KEY, 3), 0.1 * 20**0.6
+    z = np.asarray(normal(fold_in(keys, 0), shape), np.float64)
+    denoise = lambda x_t, t: x_t - schedule.sigma(t)[:, None, None] * eps
+    norm = lambda a: np.sqrt(np.sum(a.astype(np.float64)**2, (1, 2), keepdims=True))
+    drift, noise = -2 * (snr * norm(z) / norm(eps))**2 * eps * sigma, 2 * snr * norm(z) / norm(eps) * z * sigma
+    np.testing.assert_allclose(norm(drift) / norm(noise), snr)  # Song et al. 2021: what their r is
+    got = langevin(denoise, schedule, x, t, keys, 2 * snr**2, 1, True)
+    np.testing.assert_allclose(got, x + drift + noise, rtol=1e-4, atol=1e-4)
+
+    one = fold_in(keys, 0)
+    want = langevin(denoise, schedule, x, t, fold_in(one, 1), 2 * snr**2, 2, True)
+    want, _ = PREDICTORS["ddpm_large"]().step(denoise, schedule, want, t, 0 * t + 0.2, fold_in(one, 0), ())
+    got = sample(denoise, schedule, x, keys, sampler="predictor_corrector", predictor="ddpm_large", snr=snr, repeats=2, first="corrector",
+                 norms="drawn", steps=1, grid=jnp.asarray([0.6, 0.2]))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_ddpm_variances():
     """One step from many copies of one x: the spread is that of the variance asked for, frac interpolating its logarithm."""
     schedule, n = SCHEDULES["cosine"](), 20000
@@ -237,6 +259,7 @@ def end_of(name, schedule_name="linear", steps=7, grid="uniform", single=False, 
     (("euler", {}), ("euler_maruyama", dict(eta=0.0)), "linear"),
     (("dpmpp_2m", dict(eta=1.0)), ("dpmpp_2m_sde", {}), "linear"),
     (("ddim", {}), ("predictor_corrector", dict(predictor="ddim", repeats=0)), "linear"),
+    (("ddim", {}), ("predictor_corrector", dict(predictor="ddim", repeats=0, first="corrector", norms="drawn")), "linear"),
     (("dpmpp_2m", dict(solver="heun")), ("dpmpp_2m", {}), "point"),
 ])
 def test_coincide(one, other, schedule):
@@ -429,6 +452,8 @@ def test_trajectory_and_upwards():
     (dict(sampler="ddpm", variance="tiny"), "learned"), (dict(steps=0), "at least 1"), (dict(steps=5, capacity=3), "capacity"),
     (dict(sampler="dpmpp_2m", solver="rk"), "midpoint"), (dict(sampler=make_sampler("ddim"), eta=1.0), "made already"),
     (dict(steps=2, grid=jnp.asarray([1.0, 0.0])), "takes 3"), (dict(sampler="predictor_corrector", predictor="x"), "ddpm"),
+    (dict(sampler="predictor_corrector", first="both"), "predictor, corrector"),
+    (dict(sampler="predictor_corrector", norms="mean"), "expected, drawn"),
 ])
 def test_errors(wrong, says):
     schedule = SCHEDULES["linear"]()

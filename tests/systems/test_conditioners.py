@@ -6,7 +6,7 @@ import pytest
 
 from ldm_jax import models, process, run
 from ldm_jax.systems.base import Codec, diffusion
-from ldm_jax.systems.conditioners import CONDITIONERS
+from ldm_jax.systems.conditioners import CONDITIONERS, stepped_low_resolution
 from ldm_jax.systems.conditions import Space, join, needs, of_batch, of_values, replace
 from ldm_jax.types import UserError, to_signed
 from tests.models.tiny import random_params
@@ -140,6 +140,34 @@ def test_low_resolution_is_the_mean_and_its_noise_keeps_the_variance():
         z = z[:, ::2, ::2].astype(np.float64)
         assert abs(z.mean() - 0.5 * np.sqrt(1 - s**2)) < 5 * s / np.sqrt(z.size) + 1e-6
         assert abs(z.std() - s) < 5 * s / np.sqrt(2 * z.size) + 1e-6
+
+
+def test_low_resolution_in_steps_takes_its_noise_from_the_table():
+    abar, n = [0.9, 0.6, 0.2], 4000
+    row = stepped_low_resolution(Space((8, 8, 3), (4, 4, 4)), factor=2, abar=abar, highest=2, usual=1)
+    level = np.asarray(row.draw({"image": np.zeros((n, 8, 8, 3), np.uint8)}, keys(n))["level"])
+    np.testing.assert_allclose(np.bincount(level) / n, 1 / 3, atol=4 * np.sqrt(2 / 9 / n))
+    assert row.needs == {"concat_channels": 3} and set(row.null(2)) == {"concat", "class"}
+    for k, given in ((0, {"level": 0}), (1, {}), (2, {"level": [2] * n})):
+        value = row.read({"image": np.full((n, 4, 4, 3), 0.75, np.float32), **given})
+        out = row.encode({}, value, keys(n), Codec())
+        np.testing.assert_array_equal(out["class"], np.full(n, k))
+        z = np.asarray(out["concat"], np.float64)
+        assert z.shape == (n, 4, 4, 3) and abs(z.mean() - 0.5 * np.sqrt(abar[k])) < 5 * np.sqrt((1 - abar[k]) / z.size)
+        assert abs(z.var() - (1 - abar[k])) < 5 * (1 - abar[k]) * np.sqrt(2 / z.size)
+    for wrong in (3, -1, 0.5):
+        with pytest.raises(UserError, match="from 0 to 2"):
+            row.read({"image": np.zeros((4, 4, 3)), "level": wrong})
+    with pytest.raises(UserError, match="usual <= highest < length"):
+        stepped_low_resolution(SPACE, abar=abar, highest=3)
+
+
+def test_low_resolution_without_a_table_is_the_picture_alone():
+    row = stepped_low_resolution(Space((8, 8, 3), (4, 4, 3)), factor=2)
+    picture = np.random.default_rng(0).random((4, 4, 3)).astype(np.float32)
+    out = row.encode({}, row.read(picture), keys(1), Codec())
+    assert set(out) == set(row.null(1)) == {"concat"}
+    np.testing.assert_allclose(out["concat"][0], 2 * picture - 1, atol=1e-6)
 
 
 def test_a_masked_image_is_zero_where_it_is_masked():

@@ -3,6 +3,8 @@ import io
 import os
 import pickle
 import struct
+import sys
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -11,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from ldm_jax.types import UserError
-from ldm_jax.weights import read_arrays
+from ldm_jax.weights import open_arrays, read_arrays
 from ldm_jax.weights.files import READERS, STORAGES
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -101,6 +103,9 @@ def test_tensors_are_views_of_their_storage(form, tmp_path):
         assert arrays[key].dtype == np.float32 and arrays[key].shape == size
         np.testing.assert_array_equal(arrays[key], want)
     assert np.shares_memory(arrays["whole"], arrays["part"])
+    for key, held in open_arrays(tmp_path / "a.pt").items():
+        assert held.shape == arrays[key].shape and held.dtype == arrays[key].dtype
+        np.testing.assert_array_equal(np.asarray(held), arrays[key])
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -152,6 +157,53 @@ def test_safetensors_and_npz(tmp_path):
             np.testing.assert_array_equal(found[key], a)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_arrays_are_read_one_at_a_time(form, shared, tmp_path):
+    """Twenty tensors of 1 MB, each with a storage of its own or all in one."""
+    n, many = 2**18, 20
+    data = {"0": floats(n * many)} if shared else {str(i): floats(n) + i for i in range(many)}
+    tree = {str(i): tensor(storage("FloatStorage", "0", n * many) if shared else storage("FloatStorage", str(i), n), i * n * shared, (n,), (1,))
+            for i in range(many)}
+    path = write(tmp_path / "a.pt", form, tree, data)
+    del data
+    tracemalloc.start()
+    held = open_arrays(path)
+    total = sum(float(np.asarray(a)[-1]) for a in held.values())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * 4 * n
+    assert total == sum((i + 1) * n - 1 if shared else n - 1 + i for i in range(many))
+
+
+def test_damage_is_found_where_an_array_is_read(tmp_path):
+    tree = {key: tensor(storage("FloatStorage", key, 9), 0, (9,), (1,)) for key in "01"}
+    path = write(tmp_path / "a.pt", "zip", tree, {key: floats(9) for key in "01"})
+    whole = path.read_bytes()
+    place = whole.index(floats(9).tobytes()) + 30
+    path.write_bytes(whole[:place] + b"?" + whole[place + 1:])
+    held = open_arrays(path)
+    np.testing.assert_array_equal(np.asarray(held["1"]), floats(9))
+    with pytest.raises(UserError, match="storage 0 does not have its checksum: damaged"):
+        np.asarray(held["0"])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_a_trainer_leaves_stands_for_nothing(form, tmp_path):
+    """Its classes are named, called, set and filled; none is imported, and what they hold is left out."""
+    t = tensor(storage("FloatStorage", "0", 3), 0, (3,), (1,))
+    callback = name("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    dtype = build(call(name("numpy", "dtype"), "f8", 0, 1), (3, "<", None))
+    score = call(name("numpy.core.multiarray", "scalar"), dtype, call(name("_codecs", "encode"), "12345678", "latin1"))
+    listed = Op(new(name("omegaconf.listconfig", "ListConfig")) + b"(" + op(1) + op(2) + b"e")
+    filled = Op(new(name("pytorch_lightning.utilities.parsing", "AttributeDict")) + b"(" + op("lr") + op(t) + b"u")
+    tree = {"state_dict": {"w": t}, "callbacks": {callback: {"best": score}}, "hyper": listed, "more": filled,
+            "args": build(new(name("argparse", "Namespace")), {"lr": 1, "out": call(name("pathlib", "PosixPath"), "/", "tmp")}),
+            "moments": Op(call(name("collections", "defaultdict"), name("builtins", "dict")) + b"(" + op("m") + op(t) + b"u")}
+    assert set(read_arrays(write(tmp_path / "a.ckpt", form, tree, {"0": floats(3)}))) == {"state_dict.w", "moments.m"}
+    assert not {"pytorch_lightning", "omegaconf"} & set(sys.modules)
+
+
 # ---- what is not executed -------------------------------------------------------------------------------------------
 
 def bombs(path):
@@ -176,6 +228,24 @@ def test_nothing_is_executed(bomb, form, where, tmp_path):
     with pytest.raises(UserError, match=f"it wants ({bomb}|functools.partial).*nothing of it was executed"):
         read_arrays(tmp_path / "a.pt")
     assert not made.exists()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_nothing_is_executed_by_way_of_what_a_trainer_leaves(form, tmp_path):
+    """Names with dots lead nowhere, and what is given to such objects is refused as elsewhere."""
+    made = tmp_path / "made"
+    for module, attribute in (("pytorch_lightning", "os.system"), ("omegaconf.omegaconf", "sys.modules"), ("lightning.fabric", "__loader__.exec_module")):
+        path = write(tmp_path / "a.pt", form, {"w": call(name(module, attribute), f"touch {made}")}, {})
+        assert read_arrays(path) == {} and not made.exists()
+    for inner in bombs(made).values():
+        for tree in (call(name("argparse", "Namespace"), inner), build(new(name("argparse", "Namespace")), {"a": inner})):
+            with pytest.raises(UserError, match="nothing of it was executed"):
+                read_arrays(write(tmp_path / "a.pt", form, {"w": tree}, {}))
+            assert not made.exists()
+    for other in ("numpy.load", "numpy.core.multiarray.fromfile", "argparse.FileType", "builtins.getattr", "builtins.type", "torch.load",
+                  "torch.hub.load", "xlightning.a", "pathlib.os.system", "typing.sys.exit"):
+        with pytest.raises(UserError, match=f"it wants {other}"):
+            read_arrays(write(tmp_path / "a.pt", form, {"w": call(name(*other.rsplit(".", 1)), "x")}, {}))
 
 
 @pytest.mark.parametrize("bomb", ["builtins.open", "builtins.eval", "builtins.exec", "os.system"])

@@ -39,7 +39,10 @@ def test_an_unknown_option_is_refused(name):
     ("UniPCMultistepScheduler", dict(disable_corrector=[0]), "disable_corrector="),
     ("DDIMScheduler", dict(trained_betas=[0.1, 0.2]), "betas of shape .2,., from 0.1 to 0.2, for 1000 steps"),
     ("DDIMScheduler", dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid'"),
-    ("ScoreSdeVeScheduler", {}, "unknown published scheduler 'ScoreSdeVeScheduler'; choose from: DDIMScheduler"),
+    ("ScoreSdeVeScheduler", dict(sigma_min=2.0, sigma_max=1.0), "sigma_min=2.0 with sigma_max=1.0"),
+    ("ScoreSdeVeScheduler", dict(sampling_eps=1e-3), "sampling_eps=0.001, more than one of num_train_timesteps=2000 steps"),
+    ("ScoreSdeVeScheduler", dict(correct_steps=-1), "correct_steps=-1"),
+    ("KarrasVeScheduler", {}, "unknown published scheduler 'KarrasVeScheduler'; choose from: DDIMScheduler"),
 ])
 def test_what_is_not_supported_is_refused_by_name(name, config, message):
     with pytest.raises(UserError, match=message):
