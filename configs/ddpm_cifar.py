@@ -16,6 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "pixel"
     config.seed = 0
+    config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="tfds", tfds=dict(name="cifar10", data_dir=placeholder(str)), image_shape=(32, 32, 3), num_classes=None,
                        flip=True)
     config.process = dict(schedule=dict(name="linear", linear=dict(timesteps=1000, beta_start=1e-4, beta_end=0.02)),

@@ -15,14 +15,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "pixel"
     config.seed = 0
+    config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="digits", image_shape=(8, 8, 1), num_classes=10, flip=False)
     config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple",
                           learned_variance=False)
     config.conditioners = {"class": {"drop": 0.1}}
     config.net = dict(
         name="unet",
-        unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), num_heads=4, dropout=0.1),
-        dit=dict(patch=2, width=128, depth=6, num_heads=4))
+        unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), num_heads=4, dropout=0.1, norm_groups=8),
+        dit=dict(patch=2, width=128, depth=6, num_heads=4, time_shift=1.0))
     config.optimizer = dict(name="adam", learning_rate=2e-3, warmup_steps=100, decay="cosine", clip_norm=1.0)
     config.train = dict(batch_size=64, steps=900, accumulate=1, ema_decay=0.995, log_every=50, save_every=300, keep=2)
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,
@@ -32,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "smoke":
         config.optimizer.warmup_steps = 5
         config.train.update(steps=20, save_every=10)
-        config.net.unet.update(width=8, num_res_blocks=1, num_heads=1)
+        config.net.unet.update(width=8, num_res_blocks=1, num_heads=1, norm_groups=4)
         config.net.dit.update(width=16, depth=1, num_heads=1)
         config.sampler.steps = 4
         config.eval.samples = 50

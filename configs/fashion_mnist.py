@@ -14,6 +14,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "pixel"
     config.seed = 0
+    config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="tfds", tfds=dict(name="fashion_mnist", data_dir=placeholder(str)), image_shape=(28, 28, 1), num_classes=10,
                        flip=True)
     config.process = dict(schedule=dict(name="rectified_flow"), parameterization="flow", times="logit_normal", weight="simple",

@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "latent"
     config.seed = 0
+    config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.first_stage = FIRST_STAGE(variant)
     config.first_stage_dir = ""  # the workdir of a finished first stage, to be used in place of training one
     config.init_dir = ""  # the workdir of a run of both stages to go on from: its parameters, in a run of its own

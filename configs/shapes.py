@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "classifier" if name == "classifier" else "pixel"
     config.seed = 0
+    config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     fields = {field: shape for kind in VARIANTS[name] for field, shape in FIELDS.get(kind, {}).items()}
     config.data = dict(name="shapes", shapes=dict(size=16, count=20_000), image_shape=(16, 16, 3), num_classes=10, fields=fields,
                        flip=False)

@@ -1,4 +1,5 @@
 """Shared test settings: the repository root on the path, eight virtual CPU devices, and no skips where none are allowed."""
+import gc
 import os
 import sys
 
@@ -10,6 +11,7 @@ sys.path.insert(0, ROOT)
 # compile quickly rather than well: small tests spend most of their time in the compiler
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays: PyTorch's other threads would only wait, and busily
 
 import jax  # noqa: E402
 
@@ -21,6 +23,13 @@ def pytest_collection_modifyitems(items):
     """The files of slow tests first: begun last, they would keep one core busy when the others are done."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish(session):
+    """What is imported stays: the garbage collector need not walk through it again and again while programs are traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _no_skips(report):

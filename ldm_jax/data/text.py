@@ -131,8 +131,8 @@ class Tokenizer:
                 ids.append(piece.id)
                 continue
             for part in _cut_out(self.rules.normalise(piece), later, lambda s: self.rules.normalise(s.content)):
-                found = [part.id] if isinstance(part, Special) else (i for word in self.rules.split(part) for i in self._word(word))
-                ids.extend(found)
+                words = () if isinstance(part, Special) else self.rules.split(part)
+                ids.extend([part.id] if isinstance(part, Special) else (i for word in words for i in self._word(word)))
         return ids
 
     def _word(self, word: str) -> Tuple[int, ...]:
@@ -254,7 +254,8 @@ def _word_pieces(directory: str, config: Mapping[str, Any], whole: Optional[Mapp
     _check_vocab(directory, vocab)
     lower, strip, chinese = (config.get(key, form.get(other, default)) for key, (other, default) in options.items())
     longest = model.get("max_input_chars_per_word", wordpieces.LONGEST)
-    normalise = functools.partial(wordpieces.normalise, lowercase=lower, strip_accents=lower if strip is None else strip, chinese=chinese)
+    normalise = functools.partial(wordpieces.normalise, lowercase=lower, chinese=chinese,
+                                  strip_accents=lower if strip is None else strip)
     return vocab, Rules(normalise, wordpieces.split_words, lambda word: wordpieces.pieces(word, vocab, longest), wordpieces.join)
 
 

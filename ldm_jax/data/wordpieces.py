@@ -1,7 +1,7 @@
-"""Word pieces (Schuster & Nakajima 2012) as BERT has them (Devlin et al. 2019): a text cut into words, and words into known parts.
+"""Word pieces (Schuster & Nakajima 2012) as BERT has them (Devlin et al. 2019): a text in words, and words in known parts.
 
-A character is a mark, a control or a punctuation by Python's Unicode tables; the reference's are older (Unicode 8), so that what came
-later, all of it rare, may stand in other words there.
+A character is a mark, a control or a punctuation by Python's Unicode tables; the reference's are older (Unicode 8), so that
+characters that came later, all of them rare, may be cut otherwise there.
 """
 import unicodedata
 from typing import Iterable, Iterator, List, Mapping

@@ -1,7 +1,7 @@
-"""The text tower of the first latent text-to-image model (Rombach et al. 2022, section 4.3.1): BERT's tokens, blocks as CLIP has them.
+"""The text tower of the first latent text-to-image model (Rombach et al. 2022, section 4.3.1): BERT's tokens, CLIP's blocks.
 
-It was trained with the net and differs from BERT (Devlin et al. 2019): the norms stand before the attention and the mlp, heads may be
-narrower than D / heads, and their maps have no bias. Every token sees every other, the filling of a text included.
+It was trained with the net and differs from BERT (Devlin et al. 2019): the norms stand before the attention and the mlp, heads
+may have another width than D / heads, and their maps have no bias. Every token sees every other, also where a text is filled up.
 """
 from typing import Any, Optional
 
@@ -59,6 +59,6 @@ def bert_text(*, vocab_size: int = 30522, width: int = 1280, depth: int = 32, nu
         if size < 1:
             raise UserError(f"{name}={size} of the text tower must be at least 1")
     compute = layers.compute_dtype(dtype)
-    block = dict(num_heads=num_heads, head_width=head_width, qkv_bias=False, mlp_width=mlp_width, activation=activation, depth=depth,
-                 eps=EPS, impl=attention_impl, dtype=compute)
+    block = dict(num_heads=num_heads, head_width=head_width, qkv_bias=False, mlp_width=mlp_width, activation=activation,
+                 depth=depth, eps=EPS, impl=attention_impl, dtype=compute)
     return TextTower(BertText(vocab_size, width, depth, max_length, tuple(block.items()), compute), vocab_size, width, max_length)

@@ -65,7 +65,7 @@ class Block(nn.Module):
         outward = spread(lambda shape: (2 * self.depth * D) ** -0.5)
         h = LayerNorm(self.eps, dtype=self.dtype, name="norm_1")(x)
         inner = self.num_heads * (self.head_width or D // self.num_heads)
-        q, k, v = (dense(inner, n, self.dtype, self.qkv_bias, _inward)(h).reshape(B, S, self.num_heads, -1) for n in ("q", "k", "v"))
+        q, k, v = (dense(inner, n, self.dtype, self.qkv_bias, _inward)(h).reshape(B, S, self.num_heads, -1) for n in "qkv")
         h = attention(q, k, v, mask, self.impl).reshape(B, S, inner)
         x = x + dense(D, "out", self.dtype, init=outward)(h)
         h = LayerNorm(self.eps, dtype=self.dtype, name="norm_2")(x)

@@ -44,8 +44,8 @@ def stable_diffusion_upscale(source: Source) -> Pipeline:
 def ldm_super_resolution(source: Source) -> Pipeline:
     """LDMSuperResolutionPipeline: told a small picture alone. Its latents are not scaled, whatever the first stage's config says.
 
-    Under schedulers that work in noise levels (Euler, LMS) the reference scales the small picture along with the latents; here it stays
-    as the net was trained with it.
+    Under schedulers that work in noise levels (Euler, LMS) the reference scales the small picture along with the latents; here it
+    stays as the net was trained with it.
     """
     net, params = source.net("unet")
     coder, weights = source.net("vqvae")

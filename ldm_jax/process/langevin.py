@@ -16,7 +16,8 @@ from ldm_jax.process.singlestep import ddim, ddpm, euler, euler_maruyama
 from ldm_jax.process.stepping import Sampler, check_option, estimate, scales, whole
 from ldm_jax.types import Array, Denoise, expand, fold_in, normal
 
-PREDICTORS = {"ddpm": ddpm, "ddpm_large": functools.partial(ddpm, variance="large"), "ddim": ddim, "euler": euler, "euler_maruyama": euler_maruyama}
+PREDICTORS = {"ddpm": ddpm, "ddpm_large": functools.partial(ddpm, variance="large"), "ddim": ddim, "euler": euler,
+              "euler_maruyama": euler_maruyama}
 
 
 def langevin(denoise: Denoise, schedule: Schedule, x: Array, t: Array, key: Array, delta, repeats, drawn: bool = False) -> Array:

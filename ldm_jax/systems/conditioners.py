@@ -100,8 +100,8 @@ def low_resolution(space: Space, *, factor: int = 4, max_noise: float = 0.5, met
     return _small_picture(space, factor, method, drop, lambda s: {"vector": s[:, None]}, {"vector_dim": 1}, float(max_noise))
 
 
-def stepped_low_resolution(space: Space, *, factor: int = 4, abar: Optional[Sequence[float]] = None, highest: int = 0,
-                           usual: int = 0) -> Conditioner:
+def stepped_low_resolution(space: Space, *, factor: int = 4, abar: Optional[Sequence[float]] = None,
+                           highest: int = 0, usual: int = 0) -> Conditioner:
     """`low_resolution` whose level is a step k of a table: the net gets z = sqrt(abar_k) y + sqrt(1 - abar_k) eps, and k.
 
     k fills the place of a class, in a net whose class_kind is "number". Without a table there is no noise, and nothing is told.

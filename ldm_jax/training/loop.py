@@ -85,8 +85,10 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: 
 
 def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
     """`trees` with those that `values` has a value for in its place, sharded as `abstract` says."""
-    place = lambda spec, value: jax.device_put(value, spec.sharding, may_alias=False)  # what is donated must be the state's own
-    return {name: jax.tree.map(place, abstract[name], values[name]) if name in values else tree for name, tree in trees.items()}
+    put = lambda spec, value: jax.device_put(value, spec.sharding)
+    given = {name: jax.tree.map(put, abstract[name], values[name]) for name in trees if name in values}
+    # What is donated must be the state's own, and device_put may return an array that shares another's memory.
+    return {**trees, **jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given)}
 
 
 @contextlib.contextmanager

@@ -214,8 +214,8 @@ class Held:
         except UserError:
             raise
         except (OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-            raise UserError(f"cannot read storage {tensor.storage.key} for a tensor of size {tensor.size}, stride {tensor.stride} and "
-                            f"offset {tensor.offset}: damaged ({e})") from e
+            raise UserError(f"cannot read storage {tensor.storage.key} for a tensor of size {tensor.size}, stride {tensor.stride} "
+                            f"and offset {tensor.offset}: damaged ({e})") from e
         return array if dtype is None else array.astype(dtype, copy=False)
 
 

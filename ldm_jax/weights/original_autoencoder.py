@@ -1,4 +1,4 @@
-"""The first stages in the files of Rombach et al.: their yaml's values as arguments of our builders, and the names of their arrays.
+"""The first stages in the files of Rombach et al.: the yaml's values as arguments of our builders, and the names of the arrays.
 
 Both ways count their levels from the largest image here, and attention is a set of 1x1 convolutions.
 """
@@ -12,9 +12,9 @@ DD = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "o
 DD_ONLY = {"attn_type": ("vanilla", "vanilla-xformers", "memory-efficient-cross-attn", "none"), "resamp_with_conv": (True,),
            "use_linear_attn": (False,), "give_pre_end": (False,), "tanh_out": (False,),
            "ch_mult": lambda mults: bool(mults) and mults[0] == 1}
-NO_EFFECT = {"lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "batch_resize_range", "scheduler_config", "lr_g_factor",
-             "ema_decay", "learn_logvar"}
-KINDS = {"AutoencoderKL": "kl", "VQModelInterface": "vq", "VQModel": "vq"}
+NO_EFFECT = {"lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "batch_resize_range", "scheduler_config",
+             "lr_g_factor", "ema_decay", "learn_logvar"}
+KINDS = {"AutoencoderKL": "kl", "AutoencoderKLInferenceWrapper": "kl", "VQModelInterface": "vq", "VQModel": "vq"}
 UNUSED = (r"loss\..*", r"model_ema\..*")  # of training: the discriminator, and its average
 GROUPS = 32
 

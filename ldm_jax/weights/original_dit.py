@@ -5,8 +5,8 @@ from ldm_jax.weights.options import options
 from ldm_jax.weights.rules import LINEAR, Rule, linear, patches, table
 
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}  # depth, hidden_size, num_heads
-DEFAULTS = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0,
-            "class_dropout_prob": 0.1, "num_classes": 1000, "learn_sigma": True}
+DEFAULTS = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16,
+            "mlp_ratio": 4.0, "class_dropout_prob": 0.1, "num_classes": 1000, "learn_sigma": True}
 POSITIONS = "pos_embed"  # fixed sines and cosines, not read but compared
 
 
@@ -29,7 +29,8 @@ def dit_rules(arguments: Mapping[str, Any]) -> List[Rule]:
     blocks = [("blocks.{}", "blocks", dict(layers=depth))] if arguments.get("scan_layers") else [
         (f"blocks.{i}", f"block_{i}", {}) for i in range(depth)]
     for theirs, ours, many in blocks:
-        for name, own in (("adaLN_modulation.1", "modulation"), ("attn.proj", "out"), ("mlp.fc1", "mlp_in"), ("mlp.fc2", "mlp_out")):
+        for name, own in (("adaLN_modulation.1", "modulation"), ("attn.proj", "out"), ("mlp.fc1", "mlp_in"),
+                          ("mlp.fc2", "mlp_out")):
             rules += linear(f"{theirs}.{name}", f"{ours}/{own}", **many)
         rules += fused(f"{theirs}.attn.qkv.weight", f"{theirs}.attn.qkv.bias", ours, **many)
     return rules

@@ -8,7 +8,7 @@
 A plain attention is published with its queries, keys and values as one matrix. Its rows lie head by head, each with its own
 queries, keys and values ("legacy"), or all queries, all keys, all values ("new").
 """
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import numpy as np
 
@@ -90,9 +90,9 @@ def _heads(flags, said) -> Callable[[int, bool], int]:
     return heads
 
 
-def _arguments(flags, image_shape, out_channels, width, mults, blocks, attending, heads, said, *, first, classes=None, concat=None,
-               depths=None, context=None, vector=None) -> Dict[str, Any]:
-    """The levels of a net, whose level i is halved i times. depths: of the transformers of each level, None for plain attentions."""
+def _arguments(flags, image_shape, out_channels, width, mults, blocks, attending, heads, said, *, first, classes=None,
+               concat=None, depths=None, context=None, vector=None) -> Dict[str, Any]:
+    """The arguments of a net whose level i is halved i times. depths: of each level's transformers, None for plain attentions."""
     n, back = len(mults), "block" if said["resblock_updown"] else "conv"
     channels = [int(mult * width) for mult in mults]
     wrong = [c for c in (first, *channels) if c % GROUPS or not c]
@@ -131,7 +131,8 @@ def ldm_arguments(params: Mapping[str, Any], image_shape: Tuple[int, int, int]) 
     depths = depths if isinstance(depths, tuple) else (depths,) * len(mults)
     wrong = []
     if len(blocks) != len(mults) or len(depths) != len(mults):
-        wrong.append(f"num_res_blocks={said['num_res_blocks']!r}, transformer_depth={said['transformer_depth']!r} for {len(mults)} levels")
+        wrong.append(f"num_res_blocks={said['num_res_blocks']!r}, transformer_depth={said['transformer_depth']!r} for "
+                     f"{len(mults)} levels")
     if bool(cross) != bool(said["context_dim"]):
         wrong.append(f"use_spatial_transformer={cross!r} with context_dim={said['context_dim']!r}")
     if cross and said["num_heads_upsample"] != -1:
@@ -153,7 +154,7 @@ def ldm_arguments(params: Mapping[str, Any], image_shape: Tuple[int, int, int]) 
 
 
 def classifier_arguments(flags: Mapping[str, Any]) -> Dict[str, Any]:
-    """The arguments of `ldm_jax.models.classifier.noisy_classifier` for the flags of guided-diffusion, with its names and defaults."""
+    """The arguments of `ldm_jax.models.classifier.noisy_classifier` for the flags of guided-diffusion, with its defaults."""
     said = options(flags, CLASSIFIER, {"classifier_pool": tuple(POOLS)}, {"classifier_use_fp16"})
     size, width = said["image_size"], said["classifier_width"]
     mults = _mults(flags, said, size, MULTS)
@@ -205,7 +206,7 @@ def fused_attention(theirs: str, ours: str, heads: int, order: str) -> List[Rule
     """The rules of queries, keys and values in one matrix. order: "legacy" or "new"."""
     rules = []
     for name, leaf, matrix in (("weight", "kernel", True), ("bias", "bias", False)):
-        parts = _heads_first(heads, matrix) if order != "legacy" else _parts_first(matrix)
+        parts = _heads_first(heads, matrix) if order == "legacy" else _parts_first(matrix)
         transform = dict(transform=LINEAR) if matrix else {}
         rules.append(Rule(f"{theirs}.{name}", tuple(f"{ours}/{x}/{leaf}" for x in "qkv"), parts=parts, **transform))
     return rules

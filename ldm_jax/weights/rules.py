@@ -169,9 +169,10 @@ def load(rules: Iterable[Rule], arrays: Mapping[str, Any], shapes: PyTree, *, dt
     check(rules, arrays, want, what)
     flat = {}
     for rule in rules:
+        read_here = not any(isinstance(arrays[name], np.ndarray) for name in rule.names)  # so that nobody else can change them
         for path, value in zip(rule.paths, _read(rule, arrays, want, dtype, what)):
             if place is None:
-                flat[path] = jax.numpy.asarray(value)
+                flat[path] = jax.device_put(value, may_alias=read_here)
             else:
                 sharding = place(path, value.shape, dtype)
                 flat[path] = jax.make_array_from_callback(value.shape, sharding, lambda index, value=value: value[index])

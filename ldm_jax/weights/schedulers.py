@@ -262,8 +262,9 @@ def score_sde_ve(config: Mapping[str, Any]) -> Sampling:
     if least * said["num_train_timesteps"] > 1:  # it would leave out noise levels
         refuse(config, [f"sampling_eps={least!r}, more than one of num_train_timesteps={said['num_train_timesteps']!r} steps"])
     return Sampling(steps=said["num_train_timesteps"], target="score", sampler="predictor_corrector",
-                    options={"predictor": "ddpm_large", "snr": said["snr"], "repeats": said["correct_steps"], "first": "corrector",
-                             "norms": "drawn"}, spacing="levels", scaled_start=True, sigmas=(low, high), least_time=least)
+                    options={"predictor": "ddpm_large", "snr": said["snr"], "repeats": said["correct_steps"],
+                             "first": "corrector", "norms": "drawn"},
+                    spacing="levels", scaled_start=True, sigmas=(low, high), least_time=least)
 
 
 # a scheduler's class -> its config -> Sampling

@@ -1,10 +1,11 @@
 """Small random files by the names in which their authors published them, and references of those nets that read such names."""
 import math
+import re
 
 import numpy as np
 import pytest
 
-from ldm_jax.weights import maps_clip, original_autoencoder, original_clip, original_unet, originals
+from ldm_jax.weights import maps_clip, original_autoencoder, original_bert, original_clip, original_unet, originals
 from tests.weights.named import names
 
 torch = pytest.importorskip("torch")
@@ -31,22 +32,38 @@ def of_ldm(config):
     _, unet = originals.target(said["unet_config"], "unet_config")
     size = said["image_size"]
     arguments = original_unet.ldm_arguments(unet, (size, size, said["channels"]))
-    order = unet.get("use_linear_in_transformer", False)
-    state = drawn(names("unet_of_levels", arguments, original_unet.unet_rules(arguments, linear_projection=order)), "model.diffusion_model.")
+    layout = original_unet.unet_rules(arguments, linear_projection=unet.get("use_linear_in_transformer", False))
+    state = drawn(names("unet_of_levels", arguments, layout), "model.diffusion_model.")
     builder, arguments = original_autoencoder.autoencoder_arguments(*originals.target(said["first_stage_config"], ""), 1.0)
     state |= drawn(names(builder, arguments, original_autoencoder.autoencoder_rules(arguments)), "first_stage_model.", 1)
     if said["cond_stage_config"] == originals.UNCONDITIONAL:
         return state
     kind, params = originals.target(said["cond_stage_config"], "")
     if kind == "FrozenCLIPEmbedder":
-        arguments = original_clip.clip_arguments(params, {})
-        return state | drawn(names("clip_text", arguments, maps_clip.clip_text_rules(arguments)), "cond_stage_model.transformer.", 2)
-    if kind == "FrozenOpenCLIPEmbedder":
-        arguments = original_clip.open_arguments({**params, "layer": "last"})  # the whole tower is in the file
-        width = arguments["width"]
-        found = {**names("clip_text", arguments, original_clip.open_rules(arguments)), "text_projection": (width, width), "logit_scale": ()}
-        return state | drawn(found, "cond_stage_model.model.", 2)
+        return state | drawn(clip(params), "cond_stage_model.transformer.", 2)
+    if kind == "FrozenOpenCLIPEmbedder":  # the whole tower is in the file
+        return state | drawn(open_clip({**params, "layer": "last"}), "cond_stage_model.model.", 2)
+    if kind == "BERTEmbedder":
+        arguments, block = original_bert.bert_arguments(params), re.compile(r"(attention|mlp)\.(\d+)\.")
+        layer = lambda m: f"attn_layers.layers.{2 * int(m[2]) + (m[1] == 'mlp')}."
+        found = names("bert_text", arguments, original_bert.bert_rules(arguments))
+        found = {block.sub(layer, name): shape for name, shape in found.items()}
+        return state | drawn(found | {"to_logits.bias": (params["vocab_size"],)}, "cond_stage_model.transformer.", 2)
+    if kind == "GeneralConditioner":
+        second = {"arch": "ViT-bigG-14", "text_cfg": params["text_cfg"]}
+        return state | drawn(clip({"text_config": params["text_config"]}), "conditioner.embedders.0.transformer.", 2) | drawn(
+            open_clip(second), "conditioner.embedders.1.model.", 3)
     return state | drawn({"embedding.weight": (params["n_classes"], params["embed_dim"])}, "cond_stage_model.", 2)
+
+
+def clip(params):
+    arguments = original_clip.clip_arguments(params, {})
+    return names("clip_text", arguments, maps_clip.clip_text_rules(arguments))
+
+
+def open_clip(params):
+    arguments = original_clip.open_arguments(params, projects=True)
+    return {**names("clip_text", arguments, original_clip.open_rules(arguments)), "logit_scale": ()}
 
 
 def alphas(first, last, steps=1000):
@@ -63,8 +80,11 @@ def adm(state, x, t, y=None, *, width, blocks, heads, order, block_resampling=Fa
     """The raw output of the U-Net (Dhariwal & Nichol 2021) with the tensors of `state`. heads: channels -> their number."""
     linear = lambda name, a: F.linear(a, state[f"{name}.weight"], state[f"{name}.bias"])
     norm = lambda name, a: F.group_norm(a, 32, state[f"{name}.weight"], state[f"{name}.bias"])
-    conv = lambda name, a, **o: F.conv2d(a, state[f"{name}.weight"], state[f"{name}.bias"], padding=state[f"{name}.weight"].shape[-1] // 2, **o)
     larger = lambda a: a.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def conv(name, a, **options):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(a, weight, state[f"{name}.bias"], padding=weight.shape[-1] // 2, **options)
 
     def res(p, h, emb, resize):
         e = linear(f"{p}.emb_layers.1", F.silu(emb))[:, :, None, None]

@@ -1,6 +1,7 @@
 """Small random models of diffusers and transformers, and how pictures made by them are compared with those made here."""
 import json
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -48,6 +49,31 @@ def tokenizer(folder, pad):
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77, "pad_token": pad}))
     return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def bert_tokenizer(folder, text=WORDS, letters="", **config):
+    """A vocabulary of word pieces trained on a text and the letters, one in a line, and what is said of it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.BertWordPieceTokenizer(lowercase=False, strip_accents=False)
+    bare = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+    model.train_from_iterator([f"{text} {bare}"] * 3, vocab_size=600, min_frequency=1, show_progress=False)
+    letters = {c for form in ("NFC", "NFD") for c in unicodedata.normalize(form, letters + letters.lower()) if not c.isspace()}
+    vocab = {*model.get_vocab(), *letters, *("##" + c for c in letters)}
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocab, key=lambda t: (t not in BERT_SPECIALS, t))),
+                                      encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **config}))
+    return transformers.BertTokenizer.from_pretrained(folder)
+
+
+def bert(vocab_size, **options):
+    """The text tower of LDM's text-to-image."""
+    ldm = pytest.importorskip("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion")
+    return randomise(ldm.LDMBertModel(ldm.LDMBertConfig(**{**dict(
+        vocab_size=vocab_size, encoder_layers=2, encoder_ffn_dim=20, encoder_attention_heads=3, head_dim=5, d_model=12), **options})))
 
 
 def tower(words, kind=transformers.CLIPTextModel, **options):

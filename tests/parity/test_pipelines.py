@@ -8,8 +8,24 @@ import pytest
 import ldm_jax
 from ldm_jax.types import UserError, example_keys, fold_in, normal
 from tests.parity.peers import (
-    CODER, CROSS, NEGATIVE, PLAIN, PROMPTS, SCALED, STEPS, XL, close, nchw, noise, randomise, saved, scheduler, started_from, tokenizer,
-    tower)
+    CODER,
+    CROSS,
+    NEGATIVE,
+    PLAIN,
+    PROMPTS,
+    SCALED,
+    STEPS,
+    XL,
+    close,
+    nchw,
+    noise,
+    randomise,
+    saved,
+    scheduler,
+    started_from,
+    tokenizer,
+    tower,
+)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -2,7 +2,7 @@
 import jax
 import numpy as np
 
-from ldm_jax.pipelines.originals import LOADERS
+from ldm_jax.pipelines.original_file import LOADERS
 from ldm_jax.weights import rules
 
 

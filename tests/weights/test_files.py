@@ -163,8 +163,8 @@ def test_arrays_are_read_one_at_a_time(form, shared, tmp_path):
     """Twenty tensors of 1 MB, each with a storage of its own or all in one."""
     n, many = 2**18, 20
     data = {"0": floats(n * many)} if shared else {str(i): floats(n) + i for i in range(many)}
-    tree = {str(i): tensor(storage("FloatStorage", "0", n * many) if shared else storage("FloatStorage", str(i), n), i * n * shared, (n,), (1,))
-            for i in range(many)}
+    place = lambda i: (storage("FloatStorage", "0", n * many), i * n) if shared else (storage("FloatStorage", str(i), n), 0)
+    tree = {str(i): tensor(*place(i), (n,), (1,)) for i in range(many)}
     path = write(tmp_path / "a.pt", form, tree, data)
     del data
     tracemalloc.start()
@@ -234,7 +234,8 @@ def test_nothing_is_executed(bomb, form, where, tmp_path):
 def test_nothing_is_executed_by_way_of_what_a_trainer_leaves(form, tmp_path):
     """Names with dots lead nowhere, and what is given to such objects is refused as elsewhere."""
     made = tmp_path / "made"
-    for module, attribute in (("pytorch_lightning", "os.system"), ("omegaconf.omegaconf", "sys.modules"), ("lightning.fabric", "__loader__.exec_module")):
+    for module, attribute in (("pytorch_lightning", "os.system"), ("omegaconf.omegaconf", "sys.modules"),
+                              ("lightning.fabric", "__loader__.exec_module")):
         path = write(tmp_path / "a.pt", form, {"w": call(name(module, attribute), f"touch {made}")}, {})
         assert read_arrays(path) == {} and not made.exists()
     for inner in bombs(made).values():

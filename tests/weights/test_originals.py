@@ -1,11 +1,13 @@
 """Models in their authors' own layouts: every row is a net that can be built and sampled, and what does not fit is refused by name."""
+import json
+
 import numpy as np
 import pytest
 
 from ldm_jax.models.dit import sincos_positions
 from ldm_jax.pipelines.originals import FAMILIES, load_original
 from ldm_jax.types import UserError
-from ldm_jax.weights import original_autoencoder, original_clip, original_dit, original_unet, originals, schedulers
+from ldm_jax.weights import original_autoencoder, original_bert, original_clip, original_dit, original_unet, originals, schedulers
 from ldm_jax.weights.stored import write_safetensors
 from tests.weights.named import names
 
@@ -50,14 +52,19 @@ def of_classifier(config):
 
 
 def of_tower(config):
+    if "n_embed" in config:
+        arguments = original_bert.bert_arguments(config)
+        return "bert_text", arguments, original_bert.bert_rules(arguments)
     arguments = original_clip.open_arguments(config)
     return "clip_text", arguments, original_clip.open_rules(arguments)
 
 
 @pytest.mark.parametrize("parts, config, parameters", [
-    (of_adm, "adm_256", 553_838_086), (of_adm, "adm_512", 558_997_638), (of_ldm, "sd1", 859_520_964), (of_ldm, "ldm_cin256_v2", 400_920_579),
+    (of_adm, "adm_256", 553_838_086), (of_adm, "adm_512", 558_997_638), (of_ldm, "sd1", 859_520_964),
+    (of_ldm, "sdxl", 2_567_463_684), (of_ldm, "ldm_cin256_v2", 400_920_579),
     (of_coder, "sd1", 83_653_863), (of_coder, "ldm_cin256", 67_717_295), (of_dit, "dit_xl_2_256", 674_834_720),
     (of_classifier, "adm_classifier_512", 54_448_360), (of_tower, {"layer": "last"}, 352_984_064),
+    (of_tower, {"n_embed": 1280, "n_layer": 32}, 542_895_360),
 ])
 def test_full_size(parts, config, parameters):
     """The published numbers of parameters: 554, 559, 860, 401, 84, 675, 54 million; the tower is 354 without its projection."""
@@ -112,7 +119,7 @@ def ldm_file(folder, **changes):
 def test_a_file_that_fits(tmp_path):
     assert load_original(adm_file(tmp_path), PLAIN, steps=7, guidance=1.0).defaults["steps"] == 7
     ours = load_original(ldm_file(tmp_path, **{"first_stage_model.loss.logvar": np.zeros(())}), LATENT)
-    assert ours.system.image_shape == (8, 8, 3) and ours.system.sample_shape == (8, 8, 3) and set(ours.nets) == {"net", "autoencoder", "latent"}
+    assert ours.system.image_shape == ours.system.sample_shape == (8, 8, 3) and set(ours.nets) == {"net", "autoencoder", "latent"}
     assert ours.defaults["ddim"] == {"eta": 1.0} and ours.defaults["steps"] == 200
 
 
@@ -136,19 +143,26 @@ def test_a_file_that_does_not_fit(changes, words, tmp_path):
 
 
 @pytest.mark.parametrize("config, words", [
-    ("adm_1024", "unknown original layout 'adm_1024'; choose from: adm_128"), ({"image_size": 8}, "unknown original layout None"), (7, "config=7"),
+    ("adm_1024", "unknown original layout 'adm_1024'; choose from: adm_128"), (7, "config=7"),
+    ({"image_size": 8}, "unknown original layout None"),
     (dict(PLAIN, use_magic=True), "use_magic=True"), (dict(PLAIN, noise_schedule="sqrt"), r"noise_schedule='sqrt' \(supported"),
     (dict(PLAIN, channel_mult=""), "image size 8 without channel_mult"), (dict(PLAIN, num_channels=48), "48 channels, no multiple of 32"),
-    (dict(PLAIN, num_head_channels=20), "num_head_channels=20 for 32 channels"), (dict(PLAIN, timestep_respacing="10,20"), "timestep_respacing='10,20'"),
-    (dict(PLAIN, timestep_respacing="2000"), "timestep_respacing='2000' of 1000"), (dict(PLAIN, large_size=64), "large_size=64, small_size=None"),
+    (dict(PLAIN, num_head_channels=20), "num_head_channels=20 for 32 channels"),
+    (dict(PLAIN, timestep_respacing="10,20"), "timestep_respacing='10,20'"),
+    (dict(PLAIN, timestep_respacing="2000"), "timestep_respacing='2000' of 1000"),
+    (dict(PLAIN, large_size=64), "large_size=64, small_size=None"),
     (dict(LATENT, unet_config=dict(params=dict(n_embed=3))), "n_embed=3"), (dict(LATENT, given_betas=[1]), "given_betas"),
     (dict(LATENT, unet_config=dict(target="a.b.Other")), "unet_config.target='Other'"),
     (dict(LATENT, first_stage_config=dict(target="IdentityFirstStage")), "first_stage_config.target='IdentityFirstStage'"),
     (dict(LATENT, unet_config=dict(params=dict(context_dim=4))), "use_spatial_transformer=False with context_dim=4"),
     (dict(LATENT, unet_config=dict(params=dict(in_channels=5))), "in_channels=5 with channels=3, conditioning_key=None"),
     (dict(LATENT, beta_schedule="sqrt"), "beta_schedule='sqrt'"), (dict(LATENT, sampling=dict(sampler="dpm")), "sampler='dpm'"),
-    (dict(LATENT, cond_stage_config=dict(target="x.BERTEmbedder")), "unknown target of a cond_stage_config 'BERTEmbedder'"),
+    (dict(LATENT, cond_stage_config=dict(target="x.Rescaler")), "unknown target of a cond_stage_config 'Rescaler'"),
     (dict(LATENT, first_stage_config=dict(params=dict(ddconfig=dict(attn_type="linear")))), "attn_type='linear'"),
+    (dict(LATENT, sampling=dict(sampler="plms", eta=0.5)), "eta=0.5"),
+    (dict(LATENT, cond_stage_config=dict(target="x.ClassEmbedder"),
+          unet_config=dict(params=dict(use_spatial_transformer=True, context_dim=4))),
+     "context_dim=4, conditioning_key='concat' with cond_stage_config"),
     (dict(LATENT, scale_by_std=True), "has no scale_factor"), ({"model": {"target": "x.Other", "params": {}}}, "target of a yaml 'Other'"),
     (dict(DIT, class_dropout_prob=0.0), "class_dropout_prob=0.0"), ("none.yaml", "cannot read none.yaml"),
 ])
@@ -165,7 +179,8 @@ def test_refused_configs(config, words, tmp_path):
     ({"alphas_cumprod": np.linspace(1, 0, 1000, dtype=np.float32)}, {}, "another alphas_cumprod than its config's"),
     ({"alphas_cumprod": np.ones(50, np.float32)}, {}, "another alphas_cumprod"), ({}, dict(ema=True), "no averaged weights"),
     ({"scale_factor": np.ones((), np.float32)}, {}, "does not know: scale_factor"),
-    ({"first_stage_model.quant_conv.bias": None}, {}, r"the arrays first_stage_model.\* in .* do not fit their config: 1 .quant_conv.bias. missing"),
+    ({"first_stage_model.quant_conv.bias": None}, {},
+     r"the arrays first_stage_model.\* in .* do not fit their config: 1 .quant_conv.bias. missing"),
     ({"model_ema.diffusion_modelout0weight": np.zeros(32, np.float32)}, {}, r"the arrays model.diffusion_model.\* in .* missing"),
     ({}, dict(tokenizer="words"), "takes no tokenizer"), ({}, dict(step=3), "unknown override 'step'; choose from: batch_size, dtype"),
     ({}, dict(param_dtype="int8"), "unknown param_dtype 'int8'"), ({}, dict(vae="nowhere"), "nowhere"),
@@ -177,7 +192,8 @@ def test_refused_files_of_latent_diffusion(changes, options, words, tmp_path):
 
 def test_refused_files_of_dit(tmp_path):
     arrays, path = zeros(names(*of_dit(DIT))), str(tmp_path / "model.safetensors")
-    for positions, options, words in ((None, {"vae": "none"}, "has no pos_embed"), (np.zeros((1, 4, 8), np.float32), {"vae": "none"}, "pos_embed"),
+    for positions, options, words in ((None, {"vae": "none"}, "has no pos_embed"),
+                                      (np.zeros((1, 4, 8), np.float32), {"vae": "none"}, "pos_embed"),
                                       (sincos_positions(2, 2, 8)[None], {}, "give the directory of one, such as"),
                                       (sincos_positions(2, 2, 8)[None], {"vae": "none"}, "'none' is no component"),
                                       (sincos_positions(2, 2, 8)[None], {"vae": "none", "ema": False}, "averaged weights alone")):
@@ -191,6 +207,6 @@ def test_a_whole_yaml(tmp_path):
     params = {key: value for key, value in originals.original_config(LATENT)[1].items() if key != "sampling"}
     text = {"model": {"base_learning_rate": 2e-6, "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
         **params, "monitor": "val/loss", "scheduler_config": {"target": "a.b"}}}, "data": {"target": "c"}}
-    (tmp_path / "config.yaml").write_text(str(text).replace("(", "[").replace(",)", "]").replace(")", "]").replace("'", '"').replace("False", "false"))
+    (tmp_path / "config.yaml").write_text(json.dumps(text))  # which is YAML too
     ours = load_original(ldm_file(tmp_path), str(tmp_path / "config.yaml"))
     assert ours.system.sample_shape == (8, 8, 3) and ours.defaults["steps"] == 50
