@@ -11,11 +11,13 @@ from ldm_jax.sampling import Pipeline
 from ldm_jax.types import UserError
 
 
-def load(path: str, *, lora: Optional[str] = None, lora_scale: float = 1.0, **overrides: Any) -> Pipeline:
+def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scale: float = 1.0, **overrides: Any) -> Pipeline:
     """The Pipeline of a run's workdir, with the averaged parameters of its newest good checkpoint; or of a published checkpoint.
 
     Args:
-      path: the --workdir of a run, or a directory with model_index.json, see `pipelines.load_pipeline`.
+      path: the --workdir of a run, or a directory with model_index.json, see `pipelines.load_pipeline`; or, with `config`, a file in
+        its authors' own layout.
+      config: what that file holds, such as "sd1" or "adm_256", see `pipelines.load_original`.
       lora, lora_scale: a file of LoRA adapters that is added to the weights, see `Pipeline.with_lora`.
       overrides: in place of the run's sampler settings: name, steps, guidance, grid, batch_size, and classifier_dir, the workdir of a
         classifier of noisy images, with classifier_scale.
@@ -24,12 +26,17 @@ def load(path: str, *, lora: Optional[str] = None, lora_scale: float = 1.0, **ov
       UserError: when there is no run at `path`, or no checkpoint in it that can be read.
     """
     if lora is not None:
-        return load(path, **overrides).with_lora(lora, lora_scale)
+        return load(path, config, **overrides).with_lora(lora, lora_scale)
     from ldm_jax import pipelines
     from ldm_jax.recipe import build_system
     from ldm_jax.training.checkpoint import Checkpoints
+    if config is not None:
+        return pipelines.load_original(path, config, **overrides)
     if pipelines.is_published(path):
         return pipelines.load_pipeline(path, **overrides)
+    if os.path.isfile(os.path.expanduser(path)):
+        raise UserError(f"{path!r} is a file; say what it holds with config=..., such as config='sd1'; there are: "
+                        f"{', '.join(pipelines.ORIGINALS)}")
     config = read_config(path)
     system = build_system(config)
     parameters = jax.eval_shape(system.init, jax.random.key(0))

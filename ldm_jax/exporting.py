@@ -31,6 +31,8 @@ from ldm_jax.weights.rules import flatten, unflatten
 from ldm_jax.weights.scheduler_configs import flow_config, vp_config
 
 STEPS, NULL = 1000, 1000  # of the schedulers, and DiTPipeline's null class
+CLIP = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}  # beside a vocabulary as CLIP's authors have it
 WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".onnx", ".msgpack")
 
 
@@ -79,6 +81,9 @@ def _write(pipeline: Pipeline, directory: str) -> Optional[str]:
         index[component] = _class_of(os.path.join(directory, component))
     for component, (source, entry) in published.copied.items():
         _copy(source, os.path.join(directory, component))
+        bare = os.path.join(directory, component, "tokenizer_config.json")
+        if entry[1] == "CLIPTokenizer" and not os.path.exists(bare):
+            _json(bare, CLIP)
         index[component] = list(entry)
     for component, config in published.configs.items():
         os.makedirs(os.path.join(directory, component))
@@ -115,10 +120,10 @@ def described(pipeline: Pipeline) -> Tuple[Published, Optional[str]]:
       UserError: for a process or conditions that published pipelines do not have.
     """
     system, defaults = pipeline.system, pipeline.defaults
-    towers = [name for name, net in system.nets.items() if isinstance(net, TextTower)]
-    if towers:
-        raise UserError(f"a model with {towers[0]!r} and a process of its own has no counterpart; what is trained on with the schedule "
-                        f"'published' can be exported")
+    extra = sorted(set(system.nets) - {"net", "autoencoder", "latent"})
+    if extra:
+        raise UserError(f"a model with {extra[0]!r} can be exported where it keeps the process of the published directory that it came "
+                        f"from; this one has a process of its own, or came from a file")
     (net, _), first = pipeline.nets["net"], "autoencoder" in system.nets
     method = defaults["name"], dict(defaults.get(defaults["name"]) or {}), defaults["grid"]
     if system.schedule.family == "flow":
@@ -170,7 +175,7 @@ def told(net: Net, params: PyTree, T: Optional[int]) -> PyTree:
       UserError: for a unit that a turn by one step does not lead to.
     """
     theirs = STEPS if T is None else T
-    if T is not None and net.timesteps == T:
+    if T is not None and net.timesteps == T and getattr(net, "unit", 1.0) == 1.0:
         return params
     arguments = arguments_of(net, params)
     time = arguments["time"] if isinstance(net.module, UNet) else dict(order="cos_sin", shift=arguments["time_shift"])
@@ -233,4 +238,5 @@ def normalised(coder: Autoencoder, params: PyTree, statistics: Mapping[str, Arra
                          "bias": np.asarray(outward["bias"]) + shift @ np.asarray(outward["kernel"], np.float64)}}
     if coder.codes:
         out["codebook"] = {"embedding": (np.asarray(params["codebook"]["embedding"]) - shift) / scale}
-    return coder, unflatten({path: np.asarray(a, np.float32) for path, a in flatten(out).items()})
+    params = unflatten({path: np.asarray(a, np.float32) for path, a in flatten(out).items()})
+    return dataclasses.replace(coder, scale=1.0, shift=0.0), params

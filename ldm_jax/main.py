@@ -27,6 +27,9 @@ flags.DEFINE_string("image", None, "sample: a picture's file to start from, to f
 flags.DEFINE_string("mask", None, "sample: a picture's file, white where --image is made anew.")
 flags.DEFINE_float("strength", None, "sample: the part of the steps that --image goes through.", lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_string("weights", None, "sample, export: a published checkpoint, in place of the run in the workdir.")
+flags.DEFINE_string("original", None, "sample, export: what --weights holds where it is one file, such as sd1 or adm_256.")
+flags.DEFINE_string("tokenizer", None, "sample, export: the directory of the tokeniser that --original needs.")
+flags.DEFINE_string("vae", None, "sample, export: the directory of the first stage that --original needs.")
 flags.DEFINE_string("lora", None, "sample, export: a file of LoRA adapters, merged into the weights.")
 flags.DEFINE_float("lora_scale", 1.0, "sample, export: how strongly the adapters act.")
 flags.DEFINE_bool("merged", False, "export: a run of LoRA adapters as a whole model, not as the adapters alone.")
@@ -84,7 +87,8 @@ def main(argv):
         elif FLAGS.mode == "eval":
             run.evaluate(FLAGS.workdir, config)
         else:
-            pipeline = run.load(FLAGS.workdir, config, weights=FLAGS.weights, lora=FLAGS.lora, lora_scale=FLAGS.lora_scale)
+            pipeline = run.load(FLAGS.workdir, config, weights=FLAGS.weights, original=FLAGS.original, tokenizer=FLAGS.tokenizer,
+                                vae=FLAGS.vae, lora=FLAGS.lora, lora_scale=FLAGS.lora_scale)
             if FLAGS.mode == "export":
                 run.export(pipeline, FLAGS.out or os.path.join(FLAGS.workdir, "exported"), merged=FLAGS.merged)
             else:

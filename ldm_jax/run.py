@@ -116,10 +116,11 @@ def _plain(config: Config) -> dict:
     return json.loads(json.dumps(config))
 
 
-def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str] = None, lora: Optional[str] = None,
-         lora_scale: float = 1.0) -> api.Pipeline:
+def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str] = None, original: Optional[str] = None,
+         tokenizer: Optional[str] = None, vae: Optional[str] = None, lora: Optional[str] = None, lora_scale: float = 1.0) -> api.Pipeline:
     """The Pipeline of the run in `workdir`, or of the published checkpoint `weights`, with what `config` says of sampling.
 
+    original, tokenizer, vae: for `weights` that are one file in its authors' layout, see `pipelines.load_original`.
     config: `sampler` in place of the run's settings; of published weights also `size` and `dtype`, and of its `sampler` what is not "".
 
     Raises:
@@ -129,10 +130,13 @@ def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str
     if weights is None:
         return api.load(workdir, **(recipe.sampler_of(config) if config else {}), **adapters)
     settings = dict((config or {}).get("sampler") or {})
-    if not pipelines.is_published(weights):
-        raise UserError(f"--weights={weights!r} holds no published checkpoint (no model_index.json); give its directory")
-    name, how = settings.get("name"), {key: (config or {}).get(key) for key in ("size", "dtype")}
-    chosen = {key: settings[key] for key in ("name", "steps", "guidance", "grid", "batch_size", name) if settings.get(key)}
+    if original is None and not pipelines.is_published(weights):
+        raise UserError(f"--weights={weights!r} holds no published checkpoint (no model_index.json); give its directory, or with "
+                        f"--original=NAME one file in its authors' layout")
+    files = {"config": original, "tokenizer": tokenizer, "vae": vae}
+    adapters.update({key: value for key, value in files.items() if value is not None})
+    how = {key: (config or {}).get(key) for key in ("size", "dtype")}
+    chosen = {key: settings[key] for key in ("name", "steps", "guidance", "grid", "batch_size") if settings.get(key)}
     return api.load(weights, **{key: value for key, value in how.items() if value}, **chosen, **adapters)
 
 

@@ -1,5 +1,6 @@
 """The recipes of configs/ for tests, and the command line as a user starts it."""
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -35,3 +36,28 @@ def main(*arguments, shell_prefix=None, **more):
     if shell_prefix:
         line = ["sh", "-c", f'{shell_prefix}; exec "$@"', "sh", *line]
     return subprocess.run(line, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
+
+
+FORKS = """
+import json, os, runpy, sys
+import ldm_jax.run
+folder, codes = sys.argv[1], []
+for i, line in enumerate(json.load(sys.stdin)):
+    pid = os.fork()
+    if pid == 0:
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"{folder}/{i}.{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv[1:] = line
+        runpy.run_module("ldm_jax.main", run_name="__main__", alter_sys=True)
+        sys.exit()
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+def mains(lines, folder):
+    """Run short command lines, each as `python -m ldm_jax.main` does, in forks of one process: most of their time would be imports."""
+    done = subprocess.run([sys.executable, "-c", FORKS, str(folder)], cwd=ROOT, env=environment(), input=json.dumps(lines),
+                          stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    said = [[(folder / f"{i}.{descriptor}").read_text() for descriptor in (1, 2)] for i in range(len(lines))]
+    return [subprocess.CompletedProcess(line, code, *texts) for line, code, texts in zip(lines, json.loads(done.stdout), said)]

@@ -12,19 +12,20 @@ import pytest
 
 from ldm_jax.training.checkpoint import Checkpoints
 from tests.conftest import ROOT
-from tests.runs import command, environment, main, smoke
+from tests.runs import command, environment, main, mains, smoke
 from tests.training.test_checkpoint import arrays_of, flip
 
 pytestmark = pytest.mark.slow
 
 DIGITS = "--config=configs/digits.py:smoke"
+RUN = (DIGITS, "--config.net.name=dit")  # one block: the least to trace
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run and what it said."""
     workdir = tmp_path_factory.mktemp("runs") / "digits"
-    return workdir, main(DIGITS, f"--workdir={workdir}")
+    return workdir, main(*RUN, f"--workdir={workdir}")
 
 
 def copy(finished, tmp_path):
@@ -47,6 +48,7 @@ def parameters(workdir):
     from ldm_jax.recipe import build_optimizer, build_system
     from ldm_jax.training.state import new_state
     config = smoke("digits")
+    config["net"]["name"] = "dit"
     system = build_system(config)
     tx = build_optimizer(config, system.trained)
     abstract = jax.eval_shape(lambda key: new_state(system.init(key), system.trained, tx), jax.random.key(0))
@@ -71,7 +73,7 @@ def test_training_leaves_what_it_promises(finished):
 def test_a_second_start_trains_no_further(finished):
     workdir, _ = finished
     before = open(workdir / "metrics.jsonl").read()
-    result = main(DIGITS, f"--workdir={workdir}")
+    result = main(*RUN, f"--workdir={workdir}")
     assert result.returncode == 0 and open(workdir / "metrics.jsonl").read() == before
 
 
@@ -93,7 +95,7 @@ def test_sample_and_eval(finished):
 def test_killed_at_any_moment_it_ends_as_if_never_killed(finished, tmp_path):
     """SIGKILL after start-up, in training and around saves; the final state is that of the unbroken run, bit for bit."""
     workdir = tmp_path / "killed"
-    line, kills = command(DIGITS, f"--workdir={workdir}"), 0
+    line, kills = command(*RUN, f"--workdir={workdir}"), 0
     for seconds_after_start in (0.0, 0.3, 0.05, 0.6):
         process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         written = (workdir / "metrics.jsonl").stat().st_size if (workdir / "metrics.jsonl").exists() else 0
@@ -108,7 +110,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(finished, tmp_path):
             kills += 1
         process.wait()
     assert kills >= 1
-    result = main(DIGITS, f"--workdir={workdir}")
+    result = main(*RUN, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     (step, mine), (reference_step, reference) = parameters(workdir), parameters(finished[0])
     assert step == reference_step == 20
@@ -120,7 +122,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(finished, tmp_path):
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path):
     workdir = tmp_path / "stopped"
     long = ("--config.train.steps=100000", "--config.train.log_every=5")
-    process = subprocess.Popen(command(DIGITS, f"--workdir={workdir}", *long), cwd=ROOT, env=environment(), text=True,
+    process = subprocess.Popen(command(*RUN, f"--workdir={workdir}", *long), cwd=ROOT, env=environment(), text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (workdir / "metrics.jsonl").exists() or (workdir / "metrics.jsonl").stat().st_size == 0:
         assert process.poll() is None
@@ -132,7 +134,7 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path):
     assert f"after step {step}" in said
 
 
-@pytest.mark.parametrize("arguments, says", [
+MISTAKES = [
     ((DIGITS, "--config.net.unet.widht=3"), ("widht", "width")),
     ((DIGITS, "--config.train.steps=many"), ("train.steps", "many")),
     ((DIGITS, "--config.sampler.name=dimm"), ("unknown sampler 'dimm'", "ddim")),
@@ -148,14 +150,26 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path):
     (("--config=configs/nowhere.py",), ("nowhere.py",)),
     ((), ("--config",)),
     ((DIGITS, "extra"), ("unexpected argument 'extra'",)),
-])
-def test_mistakes_in_the_command(tmp_path, arguments, says):
-    refused(main(*arguments, f"--workdir={tmp_path / 'run'}"), *says)
-    assert not (tmp_path / "run").exists()
+]
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    result = main(DIGITS, f"--workdir={tmp_path / 'run'}", "--config.sampler.name=dimm", "--debug")
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What the command line said to each mistake, and to the third with --debug; and where it would have worked."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    lines = [[*arguments, f"--workdir={folder / 'run'}"] for arguments, _ in MISTAKES]
+    return folder / "run", mains([*lines, [*lines[2], "--debug"]], folder)
+
+
+@pytest.mark.parametrize("i", range(len(MISTAKES)), ids=lambda i: str(MISTAKES[i][1][0]))
+def test_mistakes_in_the_command(refusals, i):
+    workdir, results = refusals
+    refused(results[i], *MISTAKES[i][1])
+    assert not workdir.exists()
+
+
+def test_debug_shows_the_traceback(refusals):
+    result = refusals[1][-1]
     assert result.returncode == 2 and "Traceback" in result.stderr
 
 
@@ -175,7 +189,7 @@ def test_sampling_where_nothing_was_trained(tmp_path):
 
 
 def test_a_workdir_of_another_config(finished):
-    refused(main(DIGITS, f"--workdir={finished[0]}", "--config.optimizer.learning_rate=1.0"), "another config", "optimizer.learning_rate")
+    refused(main(*RUN, f"--workdir={finished[0]}", "--config.optimizer.learning_rate=1.0"), "another config", "optimizer.learning_rate")
 
 
 def test_an_unwritable_workdir(tmp_path):
@@ -185,21 +199,21 @@ def test_an_unwritable_workdir(tmp_path):
 
 def test_a_full_workdir(tmp_path):
     """No file may grow beyond 64 KiB, which is how a full disk looks to a checkpoint."""
-    result = main(DIGITS, f"--workdir={tmp_path / 'run'}", shell_prefix="ulimit -f 128",
-                  JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+    result = main(*RUN, f"--workdir={tmp_path / 'run'}", shell_prefix="ulimit -f 128",
+                  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")  # nothing is added to the cache: it would be cut off there
     refused(result, "could not be written", "to go on", threads=True)
 
 
 def test_a_damaged_checkpoint(finished, tmp_path):
     workdir = copy(finished, tmp_path)
     flip(arrays_of(workdir / "checkpoints", 20))
-    result = main(DIGITS, f"--workdir={workdir}")
+    result = main(*RUN, f"--workdir={workdir}")
     assert result.returncode == 0 and "checkpoint 20" in result.stderr and "trying the one before" in result.stderr, result.stderr
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(finished[0]))
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
     workdir = tmp_path / "run"
-    result = main(DIGITS, f"--workdir={workdir}", "--config.optimizer.learning_rate=1e38", "--config.train.save_every=2",
+    result = main(*RUN, f"--workdir={workdir}", "--config.optimizer.learning_rate=1e38", "--config.train.save_every=2",
                   "--config.train.log_every=4")
     refused(result, "not finite at step", "last good checkpoint: ")

@@ -22,7 +22,8 @@ TINY = ("--config.first_stage.train.steps=4", "--config.first_stage.train.save_e
         "--config.first_stage.autoencoder.vq.factor=2", "--config.first_stage.autoencoder.vq.mults=(1,1)",
         "--config.first_stage.autoencoder.vq.latent_channels=2", "--config.optimizer.name=adam",
         "--config.optimizer.warmup_steps=1", "--config.train.steps=4", "--config.train.save_every=2",
-        "--config.train.batch_size=8", "--config.train.log_every=2", "--config.net.unet.width=8",
+        "--config.train.batch_size=8", "--config.train.log_every=2", "--config.net.name=dit", "--config.net.dit.width=16",
+        "--config.net.dit.depth=1", "--config.net.dit.num_heads=1", "--config.net.unet.width=8",
         "--config.net.unet.mults=(1,1)", "--config.net.unet.attention=()", "--config.sampler.steps=2", "--config.data.limit=50")
 CIFAR, VQ = (f"--config=configs/{name}.py:smoke" for name in ("ldm_cifar", "ldm_cifar_vq"))
 
@@ -108,8 +109,7 @@ def test_latents_of_another_autoencoder_are_refused(finished, tmp_path):
 def test_stages_from_elsewhere(finished, tmp_path):
     workdir, _ = finished
     result = main(CIFAR, f"--workdir={tmp_path / 'second'}", *TINY, f"--config.first_stage_dir={workdir / 'first_stage'}",
-                  "--config.net.name=dit", "--config.net.dit.width=16", "--config.net.dit.depth=1", "--config.net.dit.num_heads=1",
-                  f"--config.latents.dir={workdir / 'latents'}")
+                  "--config.net.name=unet", f"--config.latents.dir={workdir / 'latents'}")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "second" / "first_stage").exists() and not (tmp_path / "second" / "latents").exists()
     assert (tmp_path / "second" / "samples" / "grid.png").exists()
@@ -120,7 +120,7 @@ def test_stages_from_elsewhere(finished, tmp_path):
                   "--config.optimizer.learning_rate=0.0", "--config.latents.cache=False")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "third" / "first_stage").exists() and not (tmp_path / "third" / "latents").exists()
-    theirs, ours = (ldm_jax.load(str(path)).params["net"]["conv_in"]["kernel"] for path in (workdir, tmp_path / "third"))
+    theirs, ours = (ldm_jax.load(str(path)).params["net"]["patch_in"]["kernel"] for path in (workdir, tmp_path / "third"))
     np.testing.assert_array_equal(theirs, ours)
 
 
@@ -130,7 +130,7 @@ def test_stages_that_do_not_fit_are_refused_by_name(finished, tmp_path):
             ((f"--config.first_stage_dir={workdir / 'first_stage'}", "--config.first_stage.autoencoder.kl.latent_channels=3"),
              "latent_channels"),
             ((f"--config.first_stage_dir={tmp_path}",), "holds no run"),
-            ((f"--config.init_dir={workdir}", "--config.net.unet.width=16"), "other parameters")):
+            ((f"--config.init_dir={workdir}", "--config.net.dit.width=32"), "other parameters")):
         result = main(CIFAR, f"--workdir={tmp_path / 'fourth'}", *TINY, *flags)
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
 

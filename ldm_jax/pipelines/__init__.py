@@ -1,4 +1,6 @@
-"""Published checkpoints as Pipelines: one row of PIPELINES for each class that a model_index.json names."""
+"""Published checkpoints as Pipelines: directories, by the class that model_index.json names, and files in their authors' layouts."""
 from ldm_jax.pipelines.directory import PIPELINES, is_published, load_pipeline, published_of, sampler_settings
+from ldm_jax.pipelines.originals import load_original
+from ldm_jax.weights.originals import ORIGINALS
 
-__all__ = ["PIPELINES", "is_published", "load_pipeline", "published_of", "sampler_settings"]
+__all__ = ["ORIGINALS", "PIPELINES", "is_published", "load_original", "load_pipeline", "published_of", "sampler_settings"]

@@ -9,7 +9,7 @@ import numpy as np
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.pipelines.original_file import File
 from ldm_jax.pipelines.wiring import wired
-from ldm_jax.sampling import Pipeline
+from ldm_jax.sampling import Pipeline, Published
 from ldm_jax.systems.conditioners import class_label, masked_image
 from ldm_jax.systems.conditions import Conditioner, Space
 from ldm_jax.systems.prompts import DROP, prompt
@@ -57,8 +57,14 @@ def ldm(file: File, config: Mapping[str, Any]) -> Pipeline:
     def conditioners(space: Space) -> Mapping[str, Conditioner]:
         return {**conditioner, **({"masked_image": masked_image(space)} if concat else {})}
 
-    return wired(sampling, net, params, coder, conditioners, steps=said["sampling"]["steps"],
-                 guidance=said["sampling"]["guidance"], others=others, size=file.size)
+    pipeline = wired(sampling, net, params, coder, conditioners, steps=said["sampling"]["steps"],
+                     guidance=said["sampling"]["guidance"], others=others, size=file.size)
+    if condition != "FrozenCLIPEmbedder":
+        return pipeline
+    return dataclasses.replace(pipeline, published=Published(
+        f"StableDiffusion{'Inpaint' if concat else ''}Pipeline", {"net": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"},
+        {"tokenizer": (file.tokenizer, ("transformers", "CLIPTokenizer"))}, {"scheduler": originals.ldm_scheduler(said)},
+        {"safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False}))
 
 
 def _checked(file: File, said: Mapping[str, Any]) -> schedulers.Sampling:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ldm_jax.types import UserError
 from ldm_jax.weights import maps_autoencoder, maps_bert, maps_clip, maps_dit, maps_unet
-from ldm_jax.weights.files import read_arrays
+from ldm_jax.weights.files import open_arrays
 from ldm_jax.weights.rules import Rule
 from ldm_jax.weights.stored import open_safetensors
 
@@ -118,7 +118,7 @@ def open_weights(directory: str, variant: Optional[str] = None) -> Dict[str, Any
 
 
 def _open_file(path: str) -> Dict[str, Any]:
-    return open_safetensors(path) if path.endswith(".safetensors") else read_arrays(path)
+    return open_safetensors(path) if path.endswith(".safetensors") else open_arrays(path)
 
 
 def _open_index(path: str) -> Dict[str, Any]:

@@ -116,6 +116,12 @@ def test_stable_diffusion(row, tmp_path):
                     output_type="np").images
     close(ours.sample(0, cond={"prompt": PROMPTS, "negative": NEGATIVE}, steps=STEPS, guidance=4.0, x_init=x), want)
     assert ours.defaults["guidance"] == (7.5 if row == "sd1" else 9.0) and ours.defaults["steps"] == 50
+    if row == "sd1":  # the file as a directory: diffusers makes the same picture of it
+        ours.save_pretrained(tmp_path / "out")
+        again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+        again.set_progress_bar_config(disable=True)
+        close(again(PROMPTS, negative_prompt=NEGATIVE, guidance_scale=4.0, height=32, width=32, num_inference_steps=STEPS, latents=nchw(x),
+                    output_type="np").images, want)
 
 
 def test_stable_diffusion_xl(tmp_path):

@@ -350,4 +350,4 @@ def test_a_recipe_of_several_conditions_trains_samples_and_draws(tmp_path):
     pipeline = run.train(settings, str(tmp_path))
     assert {"grid.png", "denoising.png", "real_and_generated.png"} <= {path.name for path in (tmp_path / "samples").iterdir()}
     assert set(pipeline.system.conditioners) == {*settings["conditioners"]}
-    assert (tmp_path / "samples" / run.sample(str(tmp_path), num=3, classes=None, seed=0)).exists()
+    assert (tmp_path / "samples" / run.sample(run.load(str(tmp_path)), str(tmp_path), num=3, classes=None, seed=0)).exists()
