@@ -1,5 +1,6 @@
 """Shared test settings: the repository root on the path, eight virtual CPU devices, and no skips where none are allowed."""
 import gc
+import importlib.metadata
 import os
 import sys
 
@@ -10,6 +11,8 @@ sys.path.insert(0, ROOT)
 
 # compile quickly rather than well: small tests spend most of their time in the compiler
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # a third of the compiler's time; later ones know the flag no more, and stop
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small arrays: PyTorch's other threads would only wait, and busily
 

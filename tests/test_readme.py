@@ -9,6 +9,7 @@ import pytest
 from ldm_jax.models import AUTOENCODERS, NETS
 from ldm_jax.recipe import build_system
 from tests.conftest import ROOT
+from ldm_jax.types import UserError
 from tests.runs import config
 
 README = open(os.path.join(ROOT, "README.md")).read()
@@ -32,8 +33,21 @@ def test_files_that_the_readme_names_exist():
     assert len(named) > 8 and not [path for path in named if not os.path.exists(os.path.join(ROOT, path))]
 
 
+NAMES = sorted(f[:-3] for f in os.listdir(os.path.join(ROOT, "configs")) if f.endswith(".py"))
+PUBLISHED = {"sd15": ["", "lora"], "sdxl": ["", "lora"], "dit_imagenet256": [""]}  # begun from a checkpoint, so without nets of their own
+
+
+@pytest.mark.parametrize("name, variant", [(name, variant) for name, variants in PUBLISHED.items() for variant in variants])
+def test_recipes_of_published_checkpoints_ask_for_one(name, variant):
+    assert f"configs/{name}.py" in README
+    settings = config(name, variant).to_dict()
+    assert settings["lora"]["rank"] == (8 if variant else 0)
+    with pytest.raises(UserError, match="init_from is empty; give the directory of a published checkpoint"):
+        build_system(settings)
+
+
 @pytest.mark.parametrize("variant", ["", "smoke"])
-@pytest.mark.parametrize("name", sorted(f[:-3] for f in os.listdir(os.path.join(ROOT, "configs")) if f.endswith(".py")))
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PUBLISHED])
 def test_every_recipe_builds_with_each_net(name, variant):
     assert f"configs/{name}.py" in README
     settings = config(name, variant).to_dict()
