@@ -24,8 +24,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.conditioners = {}
     config.net = dict(
         name="unet",
-        unet=dict(width=128, mults=(1, 2, 2, 2), num_res_blocks=2, attention=(16,), dropout=0.1, timesteps=1000),
-        dit=dict(size="S", patch=2))
+        unet=dict(width=128, mults=(1, 2, 2, 2), num_res_blocks=2, attention=(16,), dropout=0.1, timesteps=1000,
+                  norm_groups=placeholder(int)),
+        dit=dict(size="S", patch=2, time_shift=1.0))
     config.optimizer = dict(name="adam", learning_rate=2e-4, warmup_steps=5000, decay="constant", clip_norm=1.0)
     config.train = dict(batch_size=128, steps=800_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
     config.sampler = dict(name="ddpm", steps=1000, guidance=1.0, grid="uniform", batch_size=256,

@@ -22,8 +22,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.conditioners = {"class": {"drop": 0.1}}
     config.net = dict(
         name="unet",
-        unet=dict(width=64, mults=(1, 2, 2), num_res_blocks=2, attention=(14,), num_heads=4, dropout=0.1),
-        dit=dict(size="S", patch=2))
+        unet=dict(width=64, mults=(1, 2, 2), num_res_blocks=2, attention=(14,), num_heads=4, dropout=0.1, norm_groups=placeholder(int)),
+        dit=dict(size="S", patch=2, time_shift=1.0))
     config.optimizer = dict(name="adamw", learning_rate=3e-4, warmup_steps=1000, decay="cosine", clip_norm=1.0,
                             adamw=dict(weight_decay=1e-4))
     config.train = dict(batch_size=256, steps=40_000, accumulate=1, ema_decay=0.9995, log_every=100, save_every=5_000, keep=2)

@@ -11,6 +11,7 @@ import os
 import runpy
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 FIRST_STAGE = runpy.run_path(os.path.join(os.path.dirname(__file__), "autoencoder_cifar.py"))["get_config"]
 
@@ -32,8 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.conditioners = {"class": {"drop": 0.1}}
     config.net = dict(
         name="unet",
-        unet=dict(width=128, mults=(1, 2, 2), num_res_blocks=2, attention=(8,), num_heads=4, dropout=0.1),
-        dit=dict(size="S", patch=2))
+        unet=dict(width=128, mults=(1, 2, 2), num_res_blocks=2, attention=(8,), num_heads=4, dropout=0.1, norm_groups=placeholder(int)),
+        dit=dict(size="S", patch=2, time_shift=1.0))
     config.optimizer = dict(name="adamw", learning_rate=2e-4, warmup_steps=1000, decay="constant", clip_norm=1.0,
                             adamw=dict(weight_decay=0.0), muon=dict(adam_ratio=0.05))
     config.train = dict(batch_size=256, steps=200_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)

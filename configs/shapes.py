@@ -8,6 +8,7 @@ given as --config.sampler.classifier_dir to an unconditional run, `unconditional
 nothing is downloaded. Rows of samples/grid.png are conditions and, below them, results.
 """
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 CONDITIONERS = {
     "class": dict(drop=0.1),
@@ -40,9 +41,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.conditioners = {kind: CONDITIONERS[kind] for kind in VARIANTS[name]}
     config.net = dict(
         name="unet",
-        unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(8,), num_heads=4, dropout=0.0,
+        unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(8,), num_heads=4, dropout=0.0, norm_groups=placeholder(int),
                   transformer_depth=int("sequence" in VARIANTS[name])),
-        dit=dict(patch=2, width=128, depth=4, num_heads=4))
+        dit=dict(patch=2, width=128, depth=4, num_heads=4, time_shift=1.0))
     config.classifier = dict(name="adm", adm=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(8,), head_width=16))
     config.optimizer = dict(name="adam", learning_rate=1e-3, warmup_steps=100, decay="cosine", clip_norm=1.0)
     config.train = dict(batch_size=32, steps=1200, accumulate=1, ema_decay=0.995, log_every=50, save_every=600, keep=2)

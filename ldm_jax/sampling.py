@@ -98,8 +98,9 @@ class Pipeline:
 
     def sample(self, key: Any, num: Optional[int] = None, cond: Any = None, steps: Optional[int] = None, sampler: Optional[str] = None,
                guidance: Any = None, x_init: Optional[Array] = None, *, grid: Any = None, batch_size: Optional[int] = None,
-               trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None, image: Any = None, mask: Any = None,
-               strength: Optional[float] = None, window: Tuple[float, float] = (0.0, 1.0), **options: Any) -> Any:
+               trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None,
+               image: Any = None, mask: Any = None, strength: Optional[float] = None,
+               window: Tuple[float, float] = (0.0, 1.0), **options: Any) -> Any:
         """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
 
         Args:
@@ -176,7 +177,8 @@ class Pipeline:
             out = self._sample(self.params, *part, judged, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
                                {**changes, "strength": edit["strength"], "window": edit["window"]},
                                classify=None if judge is None else classifier.system.classify, sampler=sampler,
-                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory, begun=edit["begun"], decoded=edit["decoded"])
+                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory,
+                               begun=edit["begun"], decoded=edit["decoded"])
             pictures.append(jax.tree.map(np.asarray, out))
         if not trajectory:
             return np.concatenate(pictures)[:num]
@@ -194,6 +196,8 @@ class Pipeline:
                 raise UserError("mask and strength say what becomes of a picture; give it as image=...")
             return {}, edit
         if "low_resolution" in known:
+            if mask is not None or strength is not None:
+                raise UserError("this model enlarges pictures, all of each; leave mask and strength out")
             return {"low_resolution": image}, edit
         if begin > 0:
             raise UserError(f"window={window} begins with x_init, beside which there is no place for image; leave one of them out")

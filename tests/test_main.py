@@ -179,9 +179,11 @@ def test_missing_data(tmp_path):
     refused(result, "cifar10", "prepare")
 
 
-def test_class_out_of_range(finished):
-    refused(main(f"--workdir={finished[0]}", "--mode=sample", "--class_id=12"), "class id 12 is out of range", "0 to 9")
-    refused(main(f"--workdir={finished[0]}", "--mode=sample", "--class_id=seven"), "--class_id=seven")
+def test_class_out_of_range(finished, tmp_path):
+    lines = [[f"--workdir={finished[0]}", "--mode=sample", f"--class_id={given}"] for given in ("12", "seven")]
+    twelve, seven = mains(lines, tmp_path)
+    refused(twelve, "class id 12 is out of range", "0 to 9")
+    refused(seven, "--class_id=seven")
 
 
 def test_sampling_where_nothing_was_trained(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from ldm_jax.models import AUTOENCODERS, NETS
 from ldm_jax.recipe import build_system
-from tests.conftest import ROOT
 from ldm_jax.types import UserError
+from tests.conftest import ROOT
 from tests.runs import config
 
 README = open(os.path.join(ROOT, "README.md")).read()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ldm_jax
-from tests.runs import main
+from tests.runs import main, mains
 
 pytestmark = pytest.mark.slow
 
@@ -125,13 +125,12 @@ def test_stages_from_elsewhere(finished, tmp_path):
 
 
 def test_stages_that_do_not_fit_are_refused_by_name(finished, tmp_path):
-    workdir, _ = finished
-    for flags, words in (
-            ((f"--config.first_stage_dir={workdir / 'first_stage'}", "--config.first_stage.autoencoder.kl.latent_channels=3"),
-             "latent_channels"),
-            ((f"--config.first_stage_dir={tmp_path}",), "holds no run"),
-            ((f"--config.init_dir={workdir}", "--config.net.dit.width=32"), "other parameters")):
-        result = main(CIFAR, f"--workdir={tmp_path / 'fourth'}", *TINY, *flags)
+    first = finished[0] / "first_stage"
+    cases = [((f"--config.first_stage_dir={first}", "--config.first_stage.autoencoder.kl.latent_channels=3"), "latent_channels"),
+             ((f"--config.first_stage_dir={tmp_path}",), "holds no run"),
+             ((f"--config.init_dir={finished[0]}", "--config.net.dit.width=32"), "other parameters")]
+    lines = [[CIFAR, f"--workdir={tmp_path / 'fourth'}", *TINY, *flags] for flags, _ in cases]
+    for result, (_, words) in zip(mains(lines, tmp_path), cases):
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 

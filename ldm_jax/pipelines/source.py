@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.published import load_net
 from ldm_jax.sampling import Published
-from ldm_jax.types import PyTree
+from ldm_jax.types import PyTree, UserError
 from ldm_jax.weights.schedulers import Sampling, read_scheduler
 
 CLASSES = "_classes"  # our entry of model_index.json, which diffusers leaves alone: how many classes are real, the next being null
@@ -44,6 +44,11 @@ class Source:
         found = {name: load_net(self.place(name), **read) for name in names}
         words = {name: WORDS.get(name) or name.replace("text_encoder", "tokenizer") for name in names}
         tokenizers = {name: load_tokenizer(self.place(part), (self.index.get(part) or (None, None))[1]) for name, part in words.items()}
+        for name, (tower, _) in found.items():
+            largest = max(tokenizers[name].vocab.values())
+            if largest >= tower.vocab_size:
+                raise UserError(f"the tokeniser beside {name!r} has ids up to {largest} and that takes those below "
+                                f"{tower.vocab_size}; give the files of one model")
         return {name: net for name, (net, _) in found.items()}, {name: params for name, (_, params) in found.items()}, tokenizers
 
     def sampling(self) -> Sampling:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ldm_jax import process
 from ldm_jax.systems import conditions
 from ldm_jax.systems.conditions import Conditioner
-from ldm_jax.types import Array, Cond, PyTree, example_keys, expand, fold_in, to_signed
+from ldm_jax.types import Array, Cond, PyTree, example_keys, fold_in, to_signed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -258,7 +258,8 @@ def read_masks(value: Any, size: Tuple[int, int]) -> np.ndarray:
     """Masks of a user, [H, W], [n, H, W] or with a last axis of 1, of 0 and 1 or 0 and 255, as float32 [n, H, W, 1] of 0 and 1."""
     mask = _array(value, "biuf", "a mask of 0 and 1")
     mask = mask[..., 0] if mask.ndim > 2 and mask.shape[-1] == 1 and mask.shape[-3:-1] == tuple(size) else mask
-    mask = _examples(mask, tuple(size), "masks")[..., None].astype(np.float32) / (255.0 if mask.dtype == np.uint8 and mask.max() > 1 else 1.0)
+    white = 255.0 if mask.dtype == np.uint8 and mask.max() > 1 else 1.0
+    mask = _examples(mask, tuple(size), "masks")[..., None].astype(np.float32) / white
     if not np.isin(mask, (0.0, 1.0)).all():
         raise UserError("a mask must hold 0 (to be kept) and 1 (to be made anew) only")
     return mask

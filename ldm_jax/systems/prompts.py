@@ -19,7 +19,8 @@ def prompt(towers: Mapping[str, Any], tokenizers: Mapping[str, Callable], params
     """Texts as context [B, S, D] for cross-attention, D of all towers together.
 
     A value is {"prompt": {tower: ids [B, S]}}, and "negative" likewise, the texts that guidance steers away from; a user gives a
-    text, a list of texts, or {"prompt": texts, "negative": texts}, where tokens may stand for texts. Null, and the negative where none is given: the empty text.
+    text, a list of texts, or {"prompt": texts, "negative": texts}, where tokens may stand for texts. Null, and the negative where
+    none is given: the empty text.
 
     Args:
       towers: name -> tower, see `ldm_jax.models.clip.TextTower`. tokenizers: name -> (texts) -> (ids, mask, cut).

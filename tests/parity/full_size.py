@@ -1,4 +1,6 @@
-"""Stable Diffusion 1's U-Net at its full size with random weights, against diffusers: run by hand, for it takes 3.4 GB on disk and 10 in memory.
+"""Stable Diffusion 1's U-Net at its full size with random weights, against diffusers.
+
+Run by hand, for it takes 3.4 GB on disk and 6 GB of memory:
 
     python -m tests.parity.full_size
 """

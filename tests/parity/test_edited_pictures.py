@@ -5,7 +5,22 @@ import pytest
 
 import ldm_jax
 from tests.parity.peers import (
-    CODER, CROSS, NEGATIVE, PROMPTS, SCALED, XL, close, nchw, noise, randomise, saved, scheduler, started_from, tokenizer, tower)
+    CODER,
+    CROSS,
+    NEGATIVE,
+    PROMPTS,
+    SCALED,
+    XL,
+    close,
+    nchw,
+    noise,
+    randomise,
+    saved,
+    scheduler,
+    started_from,
+    tokenizer,
+    tower,
+)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

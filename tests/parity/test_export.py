@@ -9,8 +9,8 @@ import ldm_jax
 from ldm_jax import recipe
 from ldm_jax.sampling import Pipeline
 from tests import runs
-from tests.parity.test_edited_pictures import base
 from tests.parity.peers import close, nchw, noise, started_from
+from tests.parity.test_edited_pictures import base
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

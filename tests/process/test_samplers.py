@@ -65,11 +65,17 @@ HIGH, LOW = -2.4, 2.4  # lambda, within the range of every schedule
 STEPS = np.array([64, 128, 256])
 
 
+@functools.lru_cache(None)
+def solved():
+    """x / alpha where the ODE starts and where it ends, float64: the same for every schedule."""
+    start = np.array([[0.8, -1.1]]) * np.hypot(1, np.exp(-HIGH))
+    return start, np.asarray(ode_solution(MIXTURE, jnp.asarray(start), HIGH, LOW))
+
+
 def slopes(sampler, schedules, uniform_in_t=False):
     """[schedule] slope of log error against log steps, between the two largest numbers of steps, on the mixture's ODE."""
     both, n = side_by_side(schedules, len(STEPS)), np.tile(STEPS, len(schedules))
-    start = np.array([[0.8, -1.1]]) * np.hypot(1, np.exp(-HIGH))  # x / alpha
-    end = np.asarray(ode_solution(MIXTURE, jnp.asarray(start), HIGH, LOW))
+    start, end = solved()
     part = np.minimum(np.arange(STEPS[-1] + 1)[:, None] / n, 1.0)
     if uniform_in_t:
         first, last = (np.asarray(both.t_of_logsnr(jnp.full(n.shape, 2 * lam))) for lam in (HIGH, LOW))

@@ -187,7 +187,7 @@ def test_in_latents_pictures_are_encoded_and_maps_and_masks_made_small():
     space = Space((8, 8, 3), (4, 4, 2), 10, FIELDS)
     codec = Codec(encode=lambda params, batch, key: params["gain"] * batch["image"][:, ::2, ::2, :2])
     masked = CONDITIONERS["masked_image"](space)
-    assert masked.needs == {"concat_channels": 3} 
+    assert masked.needs == {"concat_channels": 3}
     np.testing.assert_array_equal(masked.null(2)["concat"][1, 3], [[1, 0, 0]] * 4)
     mask = np.zeros((1, 8, 8, 1), np.float32)
     mask[:, :, 4:] = 1
