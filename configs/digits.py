@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.net = dict(
         name="unet",
         unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), num_heads=4, dropout=0.1, norm_groups=8),
-        dit=dict(patch=2, width=128, depth=6, num_heads=4, time_shift=1.0))
+        dit=dict(patch=2, width=128, depth=6, num_heads=4, time_shift=1.0, dropout=0.1))
     config.optimizer = dict(name="adam", learning_rate=2e-3, warmup_steps=100, decay="cosine", clip_norm=1.0)
     config.train = dict(batch_size=64, steps=900, accumulate=1, ema_decay=0.995, log_every=50, save_every=300, keep=2)
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,

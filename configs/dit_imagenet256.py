@@ -6,6 +6,7 @@ Training goes on from --config.init_from=DIR with ImageNet from TFDS, which must
 does as well (--config.data.name=folder). Time and result: not yet measured.
 """
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -15,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.system = "published"
     config.seed = 0
     config.init_from = ""  # the directory of the checkpoint that training starts from
-    config.size = (256, 256)  # of the pictures that --weights makes
+    config.size = placeholder(tuple)  # (height, width) of the pictures that --weights makes, where they are not to have its own size
     config.dtype = "float32"  # of the computation; "bfloat16" on a GPU or TPU
     config.data = dict(name="tfds", tfds=dict(name="imagenet2012", data_dir=None), folder=dict(path="", image_size=256),
                        image_shape=(256, 256, 3), num_classes=1000, flip=True)

@@ -9,6 +9,7 @@ checkpoint's own unless process.schedule names another. Stable Diffusion 2 and i
 training run: not yet measured.
 """
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -18,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.system = "published"
     config.seed = 0
     config.init_from = ""  # the directory of the checkpoint that training starts from
-    config.size = (512, 512)  # of the pictures that --weights makes
+    config.size = placeholder(tuple)  # (height, width) of the pictures that --weights makes, where they are not to have its own size
     config.dtype = "float32"  # of the computation; "bfloat16" on a GPU or TPU
     config.data = dict(name="folder", folder=dict(path="", image_size=512), image_shape=(512, 512, 3), num_classes=None,
                        fields=dict(text=(1024,)), flip=False)

@@ -15,7 +15,6 @@ BASE = runpy.run_path(os.path.join(os.path.dirname(__file__), "sd15.py"))
 
 def get_config(variant: str = "") -> ConfigDict:
     config = BASE["get_config"](variant)
-    config.size = (1024, 1024)
     config.data.folder.image_size = 1024
     config.data.image_shape = (1024, 1024, 3)
     config.sampler.update(guidance=5.0, batch_size=1)

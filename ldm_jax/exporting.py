@@ -23,9 +23,7 @@ from ldm_jax.models.clip import TextTower
 from ldm_jax.models.dit import DiT
 from ldm_jax.models.net import Net
 from ldm_jax.models.unet import UNet
-from ldm_jax.pipelines.source import CLASSES
-from ldm_jax.published import arguments_of, save_net
-from ldm_jax.sampling import Pipeline, Published
+from ldm_jax.published import CLASSES, Published, arguments_of, save_net
 from ldm_jax.types import Array, PyTree, UserError
 from ldm_jax.weights.rules import flatten, unflatten
 from ldm_jax.weights.scheduler_configs import flow_config, vp_config
@@ -36,7 +34,7 @@ CLIP = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token":
 WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".onnx", ".msgpack")
 
 
-def save_pretrained(pipeline: Pipeline, directory: str) -> Optional[str]:
+def save_pretrained(pipeline: Any, directory: str) -> Optional[str]:
     """Write `pipeline` as a directory in the layout of diffusers; see the head of this file. Returns what it could not say, or None.
 
     A first stage is one component, which AutoencoderKL.from_pretrained or VQModel.from_pretrained opens. A model becomes the
@@ -60,7 +58,7 @@ def save_pretrained(pipeline: Pipeline, directory: str) -> Optional[str]:
     return lost
 
 
-def _write(pipeline: Pipeline, directory: str) -> Optional[str]:
+def _write(pipeline: Any, directory: str) -> Optional[str]:
     if pipeline.system.adapter_scale is not None:
         params = dict(pipeline.params)
         params = lora.merge_all(params, lora.Lora(params.pop("lora"), pipeline.system.adapter_scale))
@@ -113,7 +111,7 @@ def _json(path: str, value: Any) -> None:
         json.dump(value, file, indent=2)
 
 
-def described(pipeline: Pipeline) -> Tuple[Published, Optional[str]]:
+def described(pipeline: Any) -> Tuple[Published, Optional[str]]:
     """What the directory of a run of ours holds, and what it cannot say of how the run is sampled.
 
     Raises:
@@ -157,7 +155,7 @@ def steps_of(schedule: Any) -> int:
     return schedule.timesteps or STEPS
 
 
-def prepared(pipeline: Pipeline, nets: Mapping[str, Tuple[Any, PyTree]]) -> Dict[str, Tuple[Any, PyTree]]:
+def prepared(pipeline: Any, nets: Mapping[str, Tuple[Any, PyTree]]) -> Dict[str, Tuple[Any, PyTree]]:
     """The nets of a run as they are published, see the head of this file."""
     nets, system = dict(nets), pipeline.system
     net, params = nets["net"]

@@ -2,7 +2,7 @@
 import dataclasses
 import json
 import os
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import jax
 import ml_dtypes
@@ -55,6 +55,27 @@ def load_net(directory: str, *, dtype: str = "float32", param_dtype: str = "floa
     params = rules.load(layout.rules(arguments, config), arrays, shapes, dtype=lookup(PARAM_DTYPES, param_dtype, "param_dtype"),
                         place=place, what=f"the weights in {directory!r}")
     return net, params
+
+
+CLASSES = "_classes"  # our entry of model_index.json, which diffusers leaves alone: how many classes are real, the next being null
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What a published directory holds beside its weights, as `exporting.save_pretrained` writes it.
+
+    Attributes:
+      kind: the pipeline's class.
+      components: the system's net by name -> the component that it is.
+      copied: component -> (directory whose small files it consists of, its entry in model_index.json), such as a tokeniser.
+      configs: component -> the config of a scheduler.
+      entries: the other entries of model_index.json.
+    """
+    kind: str
+    components: Mapping[str, str]
+    copied: Mapping[str, Tuple[str, Any]] = dataclasses.field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 CONFIGS = {UNet: (configs.unet_config, maps_unet.unet_rules), DiT: (configs.dit_config, maps_dit.dit_rules),

@@ -9,30 +9,13 @@ import numpy as np
 
 from ldm_jax import process
 from ldm_jax.models.lora import Lora
+from ldm_jax.published import Published
 from ldm_jax.systems import System
 from ldm_jax.systems.conditioners import class_label, read_masks, read_pictures
 from ldm_jax.systems.conditions import Space
 from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_unit
 
 _CAPACITY = 64  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """What a published directory holds beside its weights, as `exporting.save_pretrained` writes it.
-
-    Attributes:
-      kind: the pipeline's class.
-      components: the system's net by name -> the component that it is.
-      copied: component -> (directory whose small files it consists of, its entry in model_index.json), such as a tokeniser.
-      configs: component -> the config of a scheduler.
-      entries: the other entries of model_index.json.
-    """
-    kind: str
-    components: Mapping[str, str]
-    copied: Mapping[str, Tuple[str, Any]] = dataclasses.field(default_factory=dict)
-    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

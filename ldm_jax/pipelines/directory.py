@@ -15,7 +15,8 @@ from ldm_jax.pipelines.source import Source
 from ldm_jax.pipelines.texts import ldm_text_to_image, stable_diffusion, stable_diffusion_xl
 from ldm_jax.pipelines.upscaling import ldm_super_resolution, stable_diffusion_upscale
 from ldm_jax.pipelines.wiring import schedule_and_grid
-from ldm_jax.sampling import Pipeline, Published
+from ldm_jax.published import Published
+from ldm_jax.sampling import Pipeline
 from ldm_jax.types import UserError, lookup
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"

@@ -3,8 +3,9 @@ import dataclasses
 from typing import Callable, Mapping, Optional, Tuple
 
 from ldm_jax.models.net import Net
-from ldm_jax.pipelines.source import CLASSES, Source
+from ldm_jax.pipelines.source import Source
 from ldm_jax.pipelines.wiring import wired
+from ldm_jax.published import CLASSES
 from ldm_jax.sampling import Pipeline
 from ldm_jax.systems.conditioners import class_label
 from ldm_jax.systems.conditions import Conditioner, Space

@@ -9,7 +9,8 @@ import numpy as np
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.pipelines.original_file import File
 from ldm_jax.pipelines.wiring import wired
-from ldm_jax.sampling import Pipeline, Published
+from ldm_jax.published import Published
+from ldm_jax.sampling import Pipeline
 from ldm_jax.systems.conditioners import class_label, masked_image
 from ldm_jax.systems.conditions import Conditioner, Space
 from ldm_jax.systems.prompts import DROP, prompt

@@ -4,12 +4,10 @@ import os
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from ldm_jax.data.text import load_tokenizer
-from ldm_jax.published import load_net
-from ldm_jax.sampling import Published
+from ldm_jax.published import CLASSES, Published, load_net
 from ldm_jax.types import PyTree, UserError
 from ldm_jax.weights.schedulers import Sampling, read_scheduler
 
-CLASSES = "_classes"  # our entry of model_index.json, which diffusers leaves alone: how many classes are real, the next being null
 WORDS = {"bert": "tokenizer"}  # a text tower's tokeniser, where the two are not named alike
 PLACES = {"net": ("unet", "transformer"), "autoencoder": ("vae", "vqvae")}  # the components that a net of ours may be
 
