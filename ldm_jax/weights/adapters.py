@@ -9,7 +9,7 @@ import numpy as np
 
 from ldm_jax.types import PyTree, UserError
 from ldm_jax.weights.lora import Pair
-from ldm_jax.weights.rules import SAME, Rule, _blank, _listed, flatten, unflatten
+from ldm_jax.weights.rules import SAME, Rule, blank, flatten, listed, unflatten
 
 
 class Module(NamedTuple):
@@ -26,7 +26,7 @@ def modules_of(rules: Iterable[Rule], params: PyTree) -> Dict[str, Module]:
         if rule.transform is SAME or not rule.published.endswith(".weight"):
             continue
         shapes = [want[path].shape[1:] if rule.layers else want[path].shape for path in rule.paths]
-        shape = rule.join([_blank(s) for s in shapes]).shape
+        shape = rule.join([blank(s) for s in shapes]).shape
         for i, name in enumerate(rule.names):
             found[name.removesuffix(".weight")] = Module(rule, i, tuple(shape))
     return found
@@ -101,7 +101,7 @@ def to_ours(pairs: Mapping[str, Pair], modules: Mapping[str, Module]) -> Tuple[P
             (A,), (B,), scale = As, Bs, members[0][1].scale
         flat[f"{path}/A"], flat[f"{path}/B"], scales[path] = np.ascontiguousarray(A), np.ascontiguousarray(B), scale
     if wrong:
-        raise UserError(f"{_listed(sorted(wrong))} of the adapted modules share a parameter with others here, so that their "
+        raise UserError(f"{listed(sorted(wrong))} of the adapted modules share a parameter with others here, so that their "
                         f"adapters cannot be kept apart from it; add them to the parameters instead")
     return unflatten(flat), scales
 
@@ -119,7 +119,7 @@ def to_published(adapters: PyTree, scale: Any, modules: Mapping[str, Module]) ->
     paths = sorted({path.rpartition("/")[0] for path in flat})
     wrong = [path for path in paths if path not in places]
     if wrong:
-        raise UserError(f"{_listed(wrong)} of the adapted parameters are no module of their own in published nets; adapt others "
+        raise UserError(f"{listed(wrong)} of the adapted parameters are no module of their own in published nets; adapt others "
                         f"(targets)")
     pairs = {}
     for path in paths:

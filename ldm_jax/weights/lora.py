@@ -24,7 +24,7 @@ import numpy as np
 
 from ldm_jax.types import UserError
 from ldm_jax.weights.files import open_arrays
-from ldm_jax.weights.rules import FLOATS, _listed
+from ldm_jax.weights.rules import FLOATS, listed
 from ldm_jax.weights.stored import read_metadata, write_safetensors
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin", "adapter_model.bin")
@@ -99,7 +99,7 @@ def read_pairs(path: str, nets: Mapping[str, Mapping[str, Tuple[int, ...]]],
             else:
                 pairs.setdefault(net, {})[module] = Pair(down, up, _scale(parts, said, module))
     if any(problems.values()):
-        listed = "; ".join(f"{_listed(sorted(names))} {kind}" for kind, names in problems.items() if names)
+        listed = "; ".join(f"{listed(sorted(names))} {kind}" for kind, names in problems.items() if names)
         raise UserError(f"the LoRA adapters in {path!r} do not fit {', '.join(sorted(nets))}: {listed}. Give the nets that the "
                         f"file was made for; plain LoRA of matrices and convolutions is supported")
     if not pairs:

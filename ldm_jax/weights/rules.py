@@ -144,7 +144,7 @@ def unflatten(flat: Mapping[str, Any]) -> PyTree:
     return tree
 
 
-def _blank(shape: Sequence[int]) -> np.ndarray:
+def blank(shape: Sequence[int]) -> np.ndarray:
     """An array of that shape that takes no memory, for finding out what a transform does to a shape."""
     return np.broadcast_to(np.zeros((), np.bool_), tuple(shape))
 
@@ -214,22 +214,23 @@ def check(rules: List[Rule], arrays: Mapping[str, Any], want: Mapping[str, Any],
                 continue
             array = arrays[name]
             try:
-                fits = [part.shape for part in rule.split(_blank(array.shape))] == [tuple(shape) for shape in ours]
+                fits = [part.shape for part in rule.split(blank(array.shape))] == [tuple(shape) for shape in ours]
             except ValueError:
                 fits = False
             if not fits:
-                expected = rule.join([_blank(shape) for shape in ours]).shape
+                expected = rule.join([blank(shape) for shape in ours]).shape
                 shapes.append(f"{name} {tuple(array.shape)} instead of {expected}")
             if np.dtype(array.dtype) not in FLOATS:
                 dtypes.append(f"{name} {array.dtype}")
-    problems = [f"{_listed(found)} {words}" for found, words in (
+    problems = [f"{listed(found)} {words}" for found, words in (
         (missing, "missing"), (left, "left over"), (shapes, "of another shape"), (dtypes, "not of floating-point numbers"),
         (unruled, "of ours without a rule")) if found]
     if problems:
         raise UserError(f"{what} do not fit their config: {'; '.join(problems)}. Give the config and the weights of one model")
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """How many names there are, and the first few of them, for errors."""
     rest = len(names) - SHOWN
     return f"{len(names)} ({', '.join(names[:SHOWN])}{f', and {rest} more' if rest > 0 else ''})"
 
@@ -243,7 +244,7 @@ def save(rules: Iterable[Rule], params: PyTree) -> Dict[str, np.ndarray]:
     rules, flat = list(rules), flatten(params)
     paths = {path for rule in rules for path in rule.paths}
     if paths != set(flat):
-        raise UserError(f"these parameters do not fit the layout: {_listed(sorted(paths ^ set(flat)))} in only one of them")
+        raise UserError(f"these parameters do not fit the layout: {listed(sorted(paths ^ set(flat)))} in only one of them")
     arrays = {}
     for rule in rules:
         values = [np.asarray(flat[path]) for path in rule.paths]
