@@ -7,7 +7,7 @@
 import dataclasses
 import json
 import os
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 from ldm_jax.pipelines.images import ddim, ddpm, dit, ldm
 from ldm_jax.pipelines.scores import score_sde_ve
@@ -47,19 +47,21 @@ def is_published(directory: str) -> bool:
     return any(os.path.isfile(os.path.join(os.path.expanduser(directory), name)) for name in (INDEX, SCHEDULER))
 
 
-def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[str] = None, size: Optional[Tuple[int, int]] = None,
-                  training: Mapping[str, Any] = {}, **overrides: Any) -> Pipeline:
+def load_pipeline(directory: str, *, dtype: str = "float32", param_dtype: str = "float32", place: Optional[Callable] = None,
+                  variant: Optional[str] = None, size: Optional[Tuple[int, int]] = None, training: Mapping[str, Any] = {},
+                  **overrides: Any) -> Pipeline:
     """The Pipeline of a published checkpoint's directory, which samples as its scheduler says.
 
     Its x_init is the noise N(0, I) that is diffused, latents where it has a first stage. cond: class ids for DiT; prompts for
     Stable Diffusion, or {"prompt": texts, "negative": texts}. What a safety checker would say of the pictures is not asked.
 
-    Where a scheduler moves x by other strides than those between the steps it asks its net at (DDIM and PNDM with "linspace", or
-    with "trailing" where the number of steps does not divide T), the pictures here are those of the steps that are asked at.
+    Where PNDM moves x by other strides than those between the steps it asks its net at (with "linspace", or with "trailing" where the
+    number of steps does not divide T), the pictures here are those of the steps that are asked at.
 
     Args:
       directory: with model_index.json, or a net's with scheduler_config.json beside its config.json.
-      dtype: of the computation, see `published.load_net`. variant: of the files, such as "fp16".
+      dtype, param_dtype, place: of the computation and the parameters, and where these go, see `published.load_net`. variant: of the
+        files, such as "fp16".
       size: (height, width) of the pictures, for models that can make others than the size that they state.
       training: what it is trained with on from here, see `weights.schedulers.Sampling`.
       overrides: in place of the sampler's settings: name, steps, guidance, grid, batch_size.
@@ -78,12 +80,13 @@ def load_pipeline(directory: str, *, dtype: str = "float32", variant: Optional[s
     unknown = sorted(given - set(components) - set(others))
     if unknown:
         raise UserError(f"the {INDEX} of this {kind} has entries that are not supported: {', '.join(unknown)}")
-    source = Source(directory, index, {"dtype": dtype, "variant": variant}, size and tuple(size), training)
+    how = {"dtype": dtype, "param_dtype": param_dtype, "place": place, "variant": variant}
+    source = Source(directory, index, how, size and tuple(size), training)
     pipeline = reader(source)
     pipeline = dataclasses.replace(pipeline, published=source.published(kind, pipeline.nets))
     settings = {"name", "steps", "guidance", "grid", "batch_size"}
     if extra := sorted(set(overrides) - settings):
-        raise UserError(f"unknown override {extra[0]!r}; choose from: {', '.join(sorted({*settings, 'dtype', 'size', 'variant'}))}")
+        raise UserError(f"unknown override {extra[0]!r}; choose from: {', '.join(sorted({*settings, *how, 'size'}))}")
     return pipeline.with_defaults(**overrides)
 
 

@@ -38,8 +38,7 @@ class Source:
 
     def text(self, *names: str) -> Tuple[Dict[str, Any], Dict[str, PyTree], Dict[str, Callable]]:
         """(towers, parameters, tokenisers) by the towers' names, for "text_encoder" and the like."""
-        read = {"dtype": self.options["dtype"], "variant": self.options["variant"]}
-        found = {name: load_net(self.place(name), **read) for name in names}
+        found = {name: self.net(name) for name in names}
         words = {name: WORDS.get(name) or name.replace("text_encoder", "tokenizer") for name in names}
         tokenizers = {name: load_tokenizer(self.place(part), (self.index.get(part) or (None, None))[1]) for name, part in words.items()}
         for name, (tower, _) in found.items():

@@ -68,8 +68,11 @@ def told(net: Net, sampling: Sampling) -> Net:
     return Stepped(**{**fields, "timesteps": sampling.steps}, rounding=sampling.time, unit=sampling.unit)
 
 
-def published(system: System, schedule: process.Schedule, sampling: Sampling) -> System:
-    """`system`, started from the noise and with the limits on x0 that the scheduler has, whatever sampler is chosen."""
+def published(system: System, schedule: process.Schedule, own_grid: Callable, sampling: Sampling) -> System:
+    """`system`, started from the noise and with the limits on x0 that the scheduler has, whatever sampler is chosen.
+
+    The scheduler's own sampler on its own grid also goes by its strides.
+    """
     def limited(denoise):
         if sampling.threshold is not None:
             quantile, maximum = sampling.threshold
@@ -78,7 +81,15 @@ def published(system: System, schedule: process.Schedule, sampling: Sampling) ->
 
     def sample(params, x, keys, cond, *, sampler, steps, capacity, grid="uniform", **options):
         start = schedule.sigma(grid_times(grid, schedule, steps, capacity)[0]) if sampling.scaled_start else 1.0
-        method = sampler._replace(step=lambda denoise, *rest: sampler.step(limited(denoise), *rest))
+        end, strided = (sampling.last + 1) / sampling.steps, sampling.strided and grid is own_grid and sampler.name == sampling.sampler
+
+        def step(denoise, process, x, t, s, key, carry):
+            if strided:
+                s = t - sampling.steps // steps / sampling.steps
+                s = jnp.where(s * sampling.steps > 0.5, s, end)
+            return sampler.step(limited(denoise), process, x, t, s, key, carry)
+
+        method = sampler._replace(step=step)
         return system.sample(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, start=start, **options)
 
     return dataclasses.replace(system, sample=sample)
@@ -152,7 +163,7 @@ def wired(sampling: Sampling, net: Net, params: PyTree, autoencoder: Optional[Tu
         system = latent(net, coder, image_shape=shape, conditioners=conditioners(Space(shape, net.image_shape)), **options)
         scale, shift = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), (c,)) for a in (coder.scale, coder.shift))
         weights["latent"] = {"shift": shift, "scale": 1.0 / scale}
-    system = system if own else published(system, schedule, sampling)
+    system = system if own else published(system, schedule, grid, sampling)
     nets = {name: n for name, (n, _) in others.items()}
     system = dataclasses.replace(system, nets={**system.nets, **nets}, init=lambda key, init=system.init: {
         **init(key), **{name: n.init(fold_in(key, 2 + i)) for i, (name, n) in enumerate(nets.items())}})

@@ -41,7 +41,7 @@ def make_sampler(sampler: Union[str, Sampler], **options: Any) -> Sampler:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise UserError(f"sampler {sampler!r} has no option {', '.join(unknown)}; it takes: {', '.join(known) or 'none'}")
-    return row(**options)
+    return row(**options)._replace(name=sampler)
 
 
 def split_options(sampler: str, options: Mapping[str, Any]) -> Tuple[dict, dict]:

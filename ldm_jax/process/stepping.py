@@ -37,6 +37,7 @@ class Sampler(NamedTuple):
       init: (x, steps) -> the first carry, for methods that remember earlier steps or must know how many are to come.
       order: with n steps the error falls as n^-order; None where the method is random or chooses its own steps.
       calls: network calls in a step.
+      name: its row in SAMPLERS, where it was made from one.
       upwards: the grid is walked from its last time to its first, from data to noise.
     """
     step: Callable
@@ -44,6 +45,7 @@ class Sampler(NamedTuple):
     order: Optional[int] = None
     calls: int = 1
     upwards: bool = False
+    name: str = ""
 
 
 def scales(schedule: Schedule, t: Array, x: Array) -> Tuple[Array, Array]:

@@ -32,6 +32,7 @@ class Sampling:
       offset, endpoint, rounded: of the spacing, see `process.grids`.
       levels: "karras" or "exponential": noise levels put between the first and the last of the steps instead; None for none.
       whole_table: `levels` lie between the ends of the table instead.
+      strided: each step goes down by T // n integer steps, whatever step is asked at next, and below 0 to the end.
       last: the integer step that ends it: -1 for data, or 0.
       time: what integer step the net is told: "round", "floor" or "exact", which need not be whole. unit: times this.
       scaled_start: it starts from noise of the first step's sigma; otherwise from N(0, I) whatever step is first.
@@ -54,6 +55,7 @@ class Sampling:
     rounded: bool = True
     levels: Optional[str] = None
     whole_table: bool = False
+    strided: bool = False
     last: int = -1
     time: str = "round"
     unit: float = 1.0
@@ -164,7 +166,7 @@ def ddim(config: Mapping[str, Any]) -> Sampling:
     found = _common(config, said)
     bound = found.pop("clip", None)
     return Sampling(sampler="ddim", options={} if bound is None else {"bound": bound}, last=-1 if said["set_alpha_to_one"] else 0,
-                    **found)
+                    strided=said["timestep_spacing"] != "leading", **found)
 
 
 def pndm(config: Mapping[str, Any]) -> Sampling:

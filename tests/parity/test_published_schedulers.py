@@ -50,13 +50,13 @@ def walk(scheduler, n, monkeypatch):
     return x.numpy()
 
 
-def ours(config, n):
+def ours(config, n, chosen=None):
     said = sampling(config)
     schedule, grid = schedule_and_grid(said)
     net = told(Net(Function(), SHAPE, SHAPE[-1], timesteps=1000), said)
-    system = published(diffusion(net, image_shape=SHAPE, schedule=schedule, parameterization=said.target), schedule, said)
+    system = published(diffusion(net, image_shape=SHAPE, schedule=schedule, parameterization=said.target), schedule, grid, said)
     run = jax.jit(lambda x, steps: system.sample({"net": {}}, x, KEYS, None, sampler=make_sampler(said.sampler, **said.options),
-                                                 steps=steps, capacity=n + 1, grid=grid))
+                                                 steps=steps, capacity=n + 1, grid=chosen or grid))
     return np.asarray(run(NOISE, jnp.int32(n)))
 
 
@@ -72,6 +72,8 @@ CASES = [
     ("DDIMScheduler", 7, dict(SCALED, **LEADING, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample_range=0.4)),
     ("DDIMScheduler", 10, dict(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample=False)),
     ("DDIMScheduler", 5, dict(ZERO, clip_sample=False)),
+    ("DDIMScheduler", 7, dict(SCALED, timestep_spacing="linspace", clip_sample_range=0.5)),
+    ("DDIMScheduler", 7, dict(SCALED, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False)),
     ("PNDMScheduler", 7, dict(SCALED, skip_prk_steps=True, steps_offset=1)),
     ("PNDMScheduler", 10, dict(trained_betas=[1e-3 + 4e-5 * i for i in range(500)], num_train_timesteps=500)),
     ("LMSDiscreteScheduler", 7, EXPONENTIAL),
@@ -88,6 +90,14 @@ CASES = [
     ("UniPCMultistepScheduler", 7, ZERO),
     ("FlowMatchEulerDiscreteScheduler", 6, dict(shift=3.0)),
 ]
+
+
+def test_strides_belong_to_the_schedulers_own_grid(monkeypatch):
+    """On another grid the steps go from one of its times to the next."""
+    config = dict(SCALED, clip_sample=False)
+    want = walk(diffusers.DDIMScheduler(**config, timestep_spacing="trailing"), 10, monkeypatch)
+    got = ours({"_class_name": "DDIMScheduler", **config, "timestep_spacing": "linspace"}, 10, "trailing")
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, n, config", CASES, ids=lambda value: value if isinstance(value, str) else "")
