@@ -37,6 +37,9 @@ flags.DEFINE_string("out", None, "export: the new directory, WORKDIR/exported if
 flags.DEFINE_integer("seed", 0, "sample: the seed.", lower_bound=0)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 FLAGS = flags.FLAGS
+MODES = {**dict.fromkeys(("num", "class_id", "prompt", "negative_prompt", "image", "mask", "strength", "seed"), ("sample",)),
+         **dict.fromkeys(("weights", "original", "tokenizer", "vae", "lora", "lora_scale"), ("sample", "export")),
+         **dict.fromkeys(("out", "merged"), ("export",))}  # the modes of a flag that not all have
 
 
 def parse(argv):
@@ -73,6 +76,10 @@ def main(argv):
         fail(f"unexpected argument {argv[1]!r}; settings are given as --config.a.b=value")
     if not FLAGS.workdir or (FLAGS.mode == "train" and FLAGS.config is None):
         fail("give " + ("--config=configs/NAME.py and --workdir=DIR" if FLAGS.mode == "train" else "--workdir=DIR"))
+    for name, modes in MODES.items():
+        if FLAGS[name].present and FLAGS.mode not in modes:
+            instead = "; training starts from a checkpoint with --config.init_from=DIR" if name == "weights" else ""
+            fail(f"--{name} is for --mode={' and --mode='.join(modes)}, not for {FLAGS.mode}{instead}")
     if not FLAGS.debug:
         logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each error that it also raises
     import jax

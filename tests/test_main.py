@@ -150,6 +150,10 @@ MISTAKES = [
     (("--config=configs/nowhere.py",), ("nowhere.py",)),
     ((), ("--config",)),
     ((DIGITS, "extra"), ("unexpected argument 'extra'",)),
+    ((DIGITS, "--weights=somewhere"), ("--weights is for --mode=sample and --mode=export", "--config.init_from=DIR")),
+    ((DIGITS, "--mode=eval", "--prompt=cat"), ("--prompt is for --mode=sample, not for eval",)),
+    (("--mode=sample", "--weights=nowhere"), ("--weights='nowhere' holds no published checkpoint",)),
+    (("--mode=sample", "--weights=nowhere.ckpt", "--original=sd3"), ("unknown", "'sd3'", "choose from", "sd1")),
 ]
 
 
