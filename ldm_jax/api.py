@@ -35,8 +35,8 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
     if pipelines.is_published(path):
         return pipelines.load_pipeline(path, **overrides)
     if os.path.isfile(os.path.expanduser(path)):
-        raise UserError(f"{path!r} is a file; say what it holds with config=..., such as config='sd1'; there are: "
-                        f"{', '.join(pipelines.ORIGINALS)}")
+        raise UserError(f"{path!r} is a file; say what it holds with config=..., such as config='sd1'; "
+                        f"ldm_jax.pipelines.ORIGINALS lists them")
     config = read_config(path)
     system = build_system(config)
     parameters = jax.eval_shape(system.init, jax.random.key(0))

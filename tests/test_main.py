@@ -153,7 +153,7 @@ MISTAKES = [
     ((DIGITS, "--weights=somewhere"), ("--weights is for --mode=sample and --mode=export", "--config.init_from=DIR")),
     ((DIGITS, "--mode=eval", "--prompt=cat"), ("--prompt is for --mode=sample, not for eval",)),
     (("--mode=sample", "--weights=nowhere"), ("--weights='nowhere' holds no published checkpoint",)),
-    (("--mode=sample", "--weights=nowhere.ckpt", "--original=sd3"), ("unknown", "'sd3'", "choose from", "sd1")),
+    (("--mode=sample", "--weights=nowhere.ckpt", "--original=sd3"), ("unknown original layout 'sd3'", "sd1", "and others")),
 ]
 
 

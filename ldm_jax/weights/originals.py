@@ -7,6 +7,7 @@
 A row of ORIGINALS is (family, config). `original_config` finds one and puts changes on top of it.
 """
 import copy
+import difflib
 import os
 import re
 from typing import Any, Dict, Iterable, List, Mapping, Tuple, Union
@@ -234,7 +235,7 @@ def original_config(config: Union[str, Mapping[str, Any]]) -> Tuple[str, Dict[st
     """
     if isinstance(config, (str, os.PathLike)):
         if not os.fspath(config).endswith((".yaml", ".yml")):
-            return lookup(ORIGINALS, config, "original layout")
+            return _row(ORIGINALS, config)
         config = _yaml(os.path.expanduser(os.fspath(config)))
     if not isinstance(config, Mapping):
         raise UserError(f"config={config!r} must be a name, or a mapping with the layout and what differs from it")
@@ -243,8 +244,17 @@ def original_config(config: Union[str, Mapping[str, Any]]) -> Tuple[str, Dict[st
         params.pop("_class_name")
         return lookup(BASES, name, "target of a yaml"), params
     rows = {**ORIGINALS, **{family: (family, {}) for family, _ in ORIGINALS.values()}}
-    family, base = lookup(rows, config.get("layout"), "original layout")
+    family, base = _row(rows, config.get("layout"))
     return family, _merged(base, {key: value for key, value in config.items() if key != "layout"})
+
+
+def _row(rows: Mapping[str, Any], name: Any) -> Any:
+    """`rows[name]`; there are too many for an error to list, so it lists those that `name` resembles."""
+    if name not in rows:
+        near = difflib.get_close_matches(str(name), rows, n=4, cutoff=0.0)
+        raise UserError(f"unknown original layout {name!r}; there are {', '.join(sorted(near))} and others, "
+                        f"see ldm_jax.pipelines.ORIGINALS")
+    return rows[name]
 
 
 def _yaml(path: str) -> Any:

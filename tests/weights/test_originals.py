@@ -143,7 +143,7 @@ def test_a_file_that_does_not_fit(changes, words, tmp_path):
 
 
 @pytest.mark.parametrize("config, words", [
-    ("adm_1024", "unknown original layout 'adm_1024'; choose from: adm_128"), (7, "config=7"),
+    ("adm_1024", "unknown original layout 'adm_1024'; there are adm_128, adm_"), (7, "config=7"),
     ({"image_size": 8}, "unknown original layout None"),
     (dict(PLAIN, use_magic=True), "use_magic=True"), (dict(PLAIN, noise_schedule="sqrt"), r"noise_schedule='sqrt' \(supported"),
     (dict(PLAIN, channel_mult=""), "image size 8 without channel_mult"), (dict(PLAIN, num_channels=48), "48 channels, no multiple of 32"),
