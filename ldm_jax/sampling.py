@@ -45,7 +45,14 @@ class Pipeline:
 
     def with_defaults(self, **changes: Any) -> "Pipeline":
         """The same with other `defaults`."""
-        return dataclasses.replace(self, defaults={**self.defaults, **changes})
+        return self._with(defaults={**self.defaults, **changes})
+
+    def _with(self, **changes: Any) -> "Pipeline":
+        """The same with other params or defaults, and with what has been compiled already."""
+        other = dataclasses.replace(self, **changes)
+        if self.system.sample is not None:
+            object.__setattr__(other, "_sample", self._sample)
+        return other
 
     def save_pretrained(self, directory: str) -> Optional[str]:
         """Write a directory that diffusers opens, see `ldm_jax.exporting.save_pretrained`."""
@@ -61,7 +68,7 @@ class Pipeline:
           UserError: see `ldm_jax.lora.load_lora`.
         """
         from ldm_jax.lora import load_lora
-        return dataclasses.replace(self, params=load_lora(path, self.system.nets, self.params, strength=scale))
+        return self._with(params=load_lora(path, self.system.nets, self.params, strength=scale))
 
     def save_lora(self, path: str) -> None:
         """Write the adapters that a run has trained as a file, or into a directory, that diffusers' load_lora_weights opens.
