@@ -1,5 +1,4 @@
 """Published checkpoints by the functions behind the command line: sampled, changed, trained on, adapted, exported."""
-import dataclasses
 import json
 import os
 
@@ -53,7 +52,7 @@ def test_a_picture_is_started_from(pipeline):
     """By the last half of ten steps: what is left of it at the sixth time of the schedule is alpha z, and a net of weight zero that
     predicts eps = 0 gives z back."""
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-    zero = dataclasses.replace(pipeline, params={**pipeline.params, "net": jax.tree.map(np.zeros_like, pipeline.params["net"])})
+    zero = pipeline._with(params={**pipeline.params, "net": jax.tree.map(np.zeros_like, pipeline.params["net"])})
     out = zero.sample(0, cond="a cat", image=image, strength=0.5, steps=10, x_init=np.zeros((1, 4, 4, 4)))
     net, params = pipeline.nets["autoencoder"]
     mean, logvar = net.posterior(params, image[None] / 127.5 - 1.0)
@@ -169,7 +168,8 @@ def test_adapters_are_trained_written_and_merged(weights, pictures, undrawn, tmp
     without = plain.with_lora(str(tmp_path / "lora"), 0.0)
     np.testing.assert_allclose(without.sample(0, cond=PROMPTS), plain.sample(0, cond=PROMPTS), atol=1e-6)
     run.export(ours, str(tmp_path / "whole"), merged=True)
-    np.testing.assert_allclose(ldm_jax.load(str(tmp_path / "whole")).sample(0, cond=PROMPTS, steps=2), want, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), dict(ldm_jax.load(str(tmp_path / "whole")).params),
+                 dict(plain.with_lora(str(tmp_path / "lora")).params))
     with pytest.raises(UserError, match="is there already"):
         run.export(ours, str(tmp_path / "lora"))
     with pytest.raises(UserError, match="has trained no adapters"):

@@ -109,7 +109,7 @@ def test_latents_of_another_autoencoder_are_refused(finished, tmp_path):
 def test_stages_from_elsewhere(finished, tmp_path):
     workdir, _ = finished
     result = main(CIFAR, f"--workdir={tmp_path / 'second'}", *TINY, f"--config.first_stage_dir={workdir / 'first_stage'}",
-                  "--config.net.name=unet", f"--config.latents.dir={workdir / 'latents'}")
+                  f"--config.latents.dir={workdir / 'latents'}")
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "second" / "first_stage").exists() and not (tmp_path / "second" / "latents").exists()
     assert (tmp_path / "second" / "samples" / "grid.png").exists()

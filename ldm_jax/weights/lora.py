@@ -99,8 +99,8 @@ def read_pairs(path: str, nets: Mapping[str, Mapping[str, Tuple[int, ...]]],
             else:
                 pairs.setdefault(net, {})[module] = Pair(down, up, _scale(parts, said, module))
     if any(problems.values()):
-        listed = "; ".join(f"{listed(sorted(names))} {kind}" for kind, names in problems.items() if names)
-        raise UserError(f"the LoRA adapters in {path!r} do not fit {', '.join(sorted(nets))}: {listed}. Give the nets that the "
+        found = "; ".join(f"{listed(sorted(names))} {kind}" for kind, names in problems.items() if names)
+        raise UserError(f"the LoRA adapters in {path!r} do not fit {', '.join(sorted(nets))}: {found}. Give the nets that the "
                         f"file was made for; plain LoRA of matrices and convolutions is supported")
     if not pairs:
         raise UserError(f"{path!r} holds no LoRA adapters of {', '.join(sorted(wanted))}")
