@@ -144,7 +144,7 @@ def published(config: Mapping[str, Any]):
     unknown = sorted({key for section in sections.values() for key in section} - {"drop"})
     if unknown:
         raise UserError(f"the conditioners of init_from={config['init_from']!r} are its own, and take drop alone; not {unknown[0]!r}")
-    training = {**_process(config, of="published"), "drops": {name: section["drop"] for name, section in sections.items()}}
+    training = {**_process(config, of="published"), "drops": {name: s["drop"] for name, s in sections.items() if "drop" in s}}
     pipeline = _published(config, training)
     if pipeline.system.image_shape != stated:
         raise UserError(f"init_from={config['init_from']!r} makes pictures {pipeline.system.image_shape}, the config states {stated}; "
@@ -186,7 +186,7 @@ def _whole_system(config: Mapping[str, Any]):
 
 
 def sampler_of(config: Mapping[str, Any]) -> dict:
-    """The `sampler` section, in which the name and the grid "" are those of the scheduler in `init_from`."""
+    """The `sampler` section, in which the name and the grid "" are those of the scheduler in `init_from`, or left out without that."""
     section = dict(config.get("sampler") or {})
     if config.get("init_from") and section and not (section["name"] and section["grid"]):
         from ldm_jax.pipelines import sampler_settings
@@ -194,7 +194,7 @@ def sampler_of(config: Mapping[str, Any]) -> dict:
         if not section["name"]:
             section.update({"name": theirs["name"], theirs["name"]: {**(section.get(theirs["name"]) or {}), **theirs[theirs["name"]]}})
         section["grid"] = section["grid"] or theirs["grid"]
-    return section
+    return {key: value for key, value in section.items() if value != ""}
 
 
 def build_sampler(section: Mapping[str, Any]) -> process.Sampler:

@@ -201,9 +201,8 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
         path = _unused(os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}.png"))
         shown = {name: value for name, value in cond.items() if name != "prompt"}
         pictures.save(path, drawing.interleaved([*drawing.shown(system, shown), images], int(np.ceil(np.sqrt(num)))))
-        if num > 1 and images.shape[1] >= 128:
-            for i, picture in enumerate(images):
-                pictures.save(f"{os.path.splitext(path)[0]}_{i}.png", [picture[None]])
+        for i, picture in enumerate(images if images.shape[1] >= 128 else ()):
+            pictures.save(f"{os.path.splitext(path)[0]}_picture{i}.png", [picture[None]], gap=0)
     say(f"wrote {path}: {num} pictures in {seconds:.1f} s, {num / seconds:.1f} images/s, compilation included")
     return path
 

@@ -48,6 +48,18 @@ def test_pictures_of_other_sizes(weights, pipeline):
         ldm_jax.load(weights, size=(9, 16))
 
 
+def test_large_pictures_are_written_as_they_are_too(weights, tmp_path):
+    """The sheet has white lines between pictures; each by itself has the model's size and nothing else."""
+    pipeline = ldm_jax.load(weights, steps=1, size=(128, 8), batch_size=1)
+    path = run.sample(pipeline, str(tmp_path), prompts=PROMPTS[:1], num=2)
+    again = run.sample(pipeline, str(tmp_path), prompts=PROMPTS[:1], num=2)
+    assert again.endswith("_n2_2.png") and pixels(path).shape == (132, 22, 3)
+    alone = [pixels(path.replace(".png", f"_picture{i}.png")) for i in (0, 1)]
+    assert alone[0].shape == alone[1].shape == (128, 8, 3)
+    np.testing.assert_array_equal(pixels(path)[2:-2, 2:10], alone[0])
+    np.testing.assert_array_equal(pixels(path)[2:-2, 12:20], alone[1])
+
+
 def test_a_picture_is_started_from(pipeline):
     """By the last half of ten steps: what is left of it at the sixth time of the schedule is alpha z, and a net of weight zero that
     predicts eps = 0 gives z back."""
@@ -158,6 +170,8 @@ def test_adapters_are_trained_written_and_merged(weights, pictures, undrawn, tmp
     run.train(recipe(weights, pictures, "lora"), workdir)
     ours = ldm_jax.load(workdir)
     assert set(ours.system.trained) == {"lora"}
+    bare = run.load(workdir, runs.config("sd15").to_dict())  # a recipe that names no checkpoint leaves name and grid to the run
+    assert (bare.defaults["name"], bare.defaults["steps"]) == ("ddim", 50) and callable(bare.defaults["grid"])
     run.export(ours, str(tmp_path / "lora"))
     want = ours.sample(0, cond=PROMPTS)
     plain = ldm_jax.load(weights, steps=2)

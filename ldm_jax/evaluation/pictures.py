@@ -30,10 +30,10 @@ def grid(rows: Sequence[np.ndarray], gap: int = 2) -> Image.Image:
     return Image.fromarray(sheet[..., 0] if c == 1 else sheet)
 
 
-def save(path: str, rows: Sequence[np.ndarray]) -> str:
-    """Write `grid(rows)` to `path` through a temporary name; returns the path."""
+def save(path: str, rows: Sequence[np.ndarray], gap: int = 2) -> str:
+    """Write `grid(rows, gap)` to `path` through a temporary name; returns the path."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    grid(rows).save(path + ".tmp", format="png")
+    grid(rows, gap).save(path + ".tmp", format="png")
     os.replace(path + ".tmp", path)
     return path
 
