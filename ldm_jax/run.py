@@ -174,6 +174,8 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
     num = num or len(prompts or classes or ()) or 16
     if negative is not None and not prompts:
         raise UserError("--negative_prompt needs a --prompt to steer away from it")
+    if prompts and "prompt" not in system.conditioners:
+        raise UserError(f"--prompt was given, and this model takes no text; it takes: {', '.join(system.conditioners) or 'no condition'}")
     if prompts:
         texts = [prompts[i % len(prompts)] for i in range(num)]
         cond["prompt"] = {"prompt": texts, "negative": None if negative is None else [negative] * num}

@@ -185,7 +185,8 @@ def test_missing_data(tmp_path):
 
 def test_class_out_of_range(finished, tmp_path):
     lines = [[f"--workdir={finished[0]}", "--mode=sample", f"--class_id={given}"] for given in ("12", "seven")]
-    twelve, seven = mains(lines, tmp_path)
+    twelve, seven, text = mains([*lines, [f"--workdir={finished[0]}", "--mode=sample", "--prompt=cat"]], tmp_path)
+    refused(text, "--prompt was given, and this model takes no text; it takes: class")
     refused(twelve, "class id 12 is out of range", "0 to 9")
     refused(seven, "--class_id=seven")
 
