@@ -35,13 +35,16 @@ flags.DEFINE_float("lora_scale", 1.0, "sample, export: how strongly the adapters
 flags.DEFINE_bool("merged", False, "export: a run of LoRA adapters as a whole model, not as the adapters alone.")
 flags.DEFINE_string("out", None, "export: the new directory, WORKDIR/exported if not given.")
 flags.DEFINE_integer("seed", 0, "sample: the seed.", lower_bound=0)
+flags.DEFINE_bool("dry-run", False, "train: print the config, the mesh and what an update would take on each device, and start nothing.")
+flags.DEFINE_integer("devices", None, "--dry-run: as if this machine had so many devices.", lower_bound=1)
+flags.DEFINE_float("device_memory", None, "--dry-run: as if each device had so many GB.", lower_bound=0.0)
 flags.DEFINE_float("process_timeout", 60.0, "Of several processes, one that gives no sign of life for so many seconds is lost, and one that "
                    "stays behind the others for ten times as many.", lower_bound=3.0)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 FLAGS = flags.FLAGS
 MODES = {**dict.fromkeys(("num", "class_id", "prompt", "negative_prompt", "image", "mask", "strength", "seed"), ("sample",)),
          **dict.fromkeys(("weights", "original", "tokenizer", "vae", "lora", "lora_scale"), ("sample", "export")),
-         **dict.fromkeys(("out", "merged"), ("export",))}  # the modes of a flag that not all have
+         **dict.fromkeys(("out", "merged"), ("export",)), **dict.fromkeys(("dry-run", "devices", "device_memory"), ("train",))}  # the modes of a flag that not all have
 
 
 def parse(argv):
@@ -76,7 +79,10 @@ def class_ids(texts):
 def main(argv):
     if argv[1:]:
         fail(f"unexpected argument {argv[1]!r}; settings are given as --config.a.b=value")
-    if not FLAGS.workdir or (FLAGS.mode == "train" and FLAGS.config is None):
+    planned = FLAGS["dry-run"].value
+    if (FLAGS["devices"].present or FLAGS["device_memory"].present) and not planned:
+        fail("--devices and --device_memory are for --dry-run")
+    if not (FLAGS.workdir or planned) or (FLAGS.mode == "train" and FLAGS.config is None):
         fail("give " + ("--config=configs/NAME.py and --workdir=DIR" if FLAGS.mode == "train" else "--workdir=DIR"))
     for name, modes in MODES.items():
         if FLAGS[name].present and FLAGS.mode not in modes:
@@ -85,6 +91,9 @@ def main(argv):
     if not FLAGS.debug:
         logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each error that it also raises
     import jax
+    if FLAGS.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/ldm_jax/compiled"))
     from ldm_jax.parallel import processes
@@ -93,7 +102,10 @@ def main(argv):
     try:
         call = processes.join(timeout=FLAGS.process_timeout)
         from ldm_jax import run
-        if FLAGS.mode == "train":
+        if FLAGS["dry-run"].value:
+            from ldm_jax import planning
+            print(planning.plan(config, memory_gb=FLAGS.device_memory), flush=True)
+        elif FLAGS.mode == "train":
             run.train(config, FLAGS.workdir, **({"mark": call.mark} if call else {}))
         elif FLAGS.mode == "eval":
             run.evaluate(FLAGS.workdir, config)

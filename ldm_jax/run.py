@@ -18,7 +18,7 @@ from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
 from ldm_jax.training.loop import train as train_loop
 from ldm_jax.parallel.processes import the_first_before, wait_for_all
-from ldm_jax.parallel.sharding import make_mesh, placer, share
+from ldm_jax.parallel.sharding import placer, share
 from ldm_jax.types import UserError, to_signed, writes_files
 
 Config = Mapping[str, Any]
@@ -27,13 +27,6 @@ Config = Mapping[str, Any]
 def say(text: str) -> None:
     if writes_files():
         print(text, file=sys.stderr, flush=True)
-
-
-def _mesh(config: Config) -> Tuple[Any, Sequence]:
-    """The mesh of a config's `mesh` section, and its rules."""
-    section = dict(config["mesh"])
-    rules = section.pop("rules", ())
-    return make_mesh(**section), rules
 
 
 def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda step: None) -> api.Pipeline:
@@ -51,7 +44,7 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
     section = dict(config["train"])
     steps = section.pop("steps")
     tx = recipe.build_optimizer(config, system.trained)
-    mesh, rules = _mesh(config)
+    mesh, rules = recipe.build_mesh(config["mesh"])
     source = tokenized(the_first_before(lambda: recipe.build_source(config["data"], "train")), system.conditioners)
     say(f"data: {source.name}, {source.size} images")
     if system.reconstruct is not None:

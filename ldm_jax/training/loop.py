@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, place, replicated, shardings
+from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, check_sequence, place, replicated, shardings
 from ldm_jax.parallel.signals import asking, watch_signals
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.logs import Logs, drop_after, progress
@@ -92,6 +92,18 @@ def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values:
     return {**trees, **jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given)}
 
 
+def placed_state(start: Callable[[], TrainState], mesh: Mesh, rules: Rules) -> TrainState:
+    """What `start` makes as ShapeDtypeStructs, sharded by the rules.
+
+    Raises:
+      UserError: see `parallel.sharding`; a sequence axis where convolutions are trained.
+    """
+    abstract = jax.eval_shape(start)
+    check_sequence(abstract.params, mesh)
+    check_rules(rules, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings(abstract, mesh, rules))
+
+
 def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, asked: Array) -> Any:
     """`step` compiled for a mesh: (state, batch, key, asked) -> (state, metrics), the state's memory being used again.
 
@@ -141,10 +153,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
     def start() -> TrainState:
         return new_state(init(key_init), trained, tx)
 
-    abstract = jax.eval_shape(start)
-    check_rules(rules, abstract)
-    placed = shardings(abstract, mesh, rules)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
+    abstract = placed_state(start, mesh, rules)
+    placed = jax.tree.map(lambda a: a.sharding, abstract)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(os.path.join(workdir, "checkpoints"), keep=keep, config=config))
         found = checkpoints.restore(abstract, warn=warn)
