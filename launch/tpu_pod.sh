@@ -86,7 +86,7 @@ case "$what" in
         on all "$begin"
         tpus scp "$source/ldm_jax_source.tgz" "$tpu:" --worker=all
         on all "$begin
-EXTRAS=$(quoted "${EXTRAS-tpu}"); RESTARTS=$(quoted "${RESTARTS:-10}"); export RESTARTS
+EXTRAS=$(quoted "${EXTRAS-tpu}"); RESTARTS=$(quoted "${RESTARTS:-10}"); LDM_JAX_DISTRIBUTED=1; export RESTARTS LDM_JAX_DISTRIBUTED
 $install
 set -- $(quoted "$@")
 $detach" ;;

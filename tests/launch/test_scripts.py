@@ -33,7 +33,7 @@ start = 0
 if "count" in flags:
     start = os.path.exists(flags["count"]) and os.path.getsize(flags["count"]) or 0
     open(flags["count"], "a").write("x")
-print(json.dumps({"argv": sys.argv[1:], **{k: v for k, v in os.environ.items() if k.startswith("JAX_")}}), flush=True)
+print(json.dumps({"argv": sys.argv[1:], **{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "LDM_"))}}), flush=True)
 starts = flags.get("codes", "0").split(";")
 codes = starts[min(start, len(starts) - 1)].split(",")
 code = int(codes[number % len(codes)])
@@ -209,7 +209,7 @@ def test_tpu_pod_starts_once_shows_and_stops(venv, tmp_path):
         assert code == 0 and out.count("started, process") == 2, out
         for worker in "01":
             log = (hosts / worker / "my run" / "log").read_text()
-            assert given(log)["argv"] == ["--seconds=60", *AWKWARD]
+            assert given(log)["argv"] == ["--seconds=60", *AWKWARD] and given(log)["LDM_JAX_DISTRIBUTED"] == "1"
             assert (hosts / worker / "my run" / "ldm_jax" / "main.py").exists()
         assert pod("status")[1].count(": runs") == 2
         code, out = pod("start", "--seconds=60")
