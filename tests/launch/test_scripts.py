@@ -26,14 +26,15 @@ import json, os, signal, sys, time
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:])
 number = int(os.environ.get("JAX_PROCESS_ID") or os.environ.get("SLURM_PROCID") or 0)
 def stop(signum, frame):
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
     sys.exit(128 + signum)
 signal.signal(signal.SIGTERM, stop)
 start = 0
 if "count" in flags:
     start = os.path.exists(flags["count"]) and os.path.getsize(flags["count"]) or 0
     open(flags["count"], "a").write("x")
-print(json.dumps({"argv": sys.argv[1:], **{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "LDM_"))}}), flush=True)
+said = json.dumps({"argv": sys.argv[1:], **{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "LDM_"))}})
+os.write(1, said.encode() + b"\\n")  # in one piece
 starts = flags.get("codes", "0").split(";")
 codes = starts[min(start, len(starts) - 1)].split(",")
 code = int(codes[number % len(codes)])
