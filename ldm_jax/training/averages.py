@@ -1,9 +1,9 @@
 """Averages of any length, after training: power-function averages of the parameters, and what is put together from them.
 
-The average of relative length std weighs theta(tau) by p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t], so that it grows with the
-run; std is the standard deviation of p as a part of t. A run carries a few of them and keeps snapshots; a least-squares combination of
-the snapshots' profiles gives any other length (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
-section 3 and appendix C).
+The average of relative length std weighs theta(tau) by p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t], so that it grows
+with the run; std is the standard deviation of p as a part of t. A run carries a few of them and keeps snapshots; a least-squares
+combination of the snapshots' profiles gives any other length (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+Diffusion Models", section 3 and appendix C).
 """
 from typing import Callable, List, Mapping, Optional, Sequence, Tuple
 
@@ -27,7 +27,7 @@ def gamma_of(std: float) -> float:
       UserError: unless 0 < std <= LONGEST.
     """
     if not 0.0 < std <= LONGEST:
-        raise UserError(f"an average of relative length {std} does not exist; give a length above 0 and up to {LONGEST}, such as 0.05 or 0.1")
+        raise UserError(f"an average of relative length {std} does not exist; give a length above 0 and up to {LONGEST}, such as 0.05")
     return float(np.roots([1.0, 7.0, 16.0 - std**-2, 12.0 - std**-2]).real.max())
 
 
@@ -160,9 +160,9 @@ def reconstruct(directory: str, like: PyTree, *, stds: Sequence[float], std: flo
             used = [s for s in steps if s <= at]
             terms, error = _terms(stds, used, std, at)
             if error > WORST:
-                raise UserError(f"an average of length {std} at step {at} cannot be made of {len(used)} snapshots of lengths {tuple(stds)}: "
-                                f"its profile would be off by {error:.0%}, and {WORST:.0%} is allowed. Give a length nearer to those, or train with "
-                                f"more snapshots (train.averages.every)")
+                raise UserError(f"an average of length {std} at step {at} cannot be made of {len(used)} snapshots of lengths "
+                                f"{tuple(stds)}: its profile would be off by {error:.0%}, and {WORST:.0%} is allowed. Give a length "
+                                f"nearer to those, or train with more snapshots (train.averages.every)")
             total = jax.tree.map(lambda a: np.zeros(a.shape, np.float64), like)
             for where, length, weight in terms:
                 name = repr(length)

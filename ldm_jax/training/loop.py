@@ -91,7 +91,7 @@ def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values:
     def put(spec, value):
         if isinstance(spec, Mapping):
             return {name: put(spec[name], value[name]) for name in spec if name in value}
-        return jax.tree.map(lambda s, v: jax.device_put(v, s.sharding), spec, value)
+        return jax.tree.map(lambda s, v: jax.device_put(v.astype(s.dtype), s.sharding), spec, value)
 
     def merge(tree, value):
         return {name: merge(a, value[name]) if name in value else a for name, a in tree.items()} if isinstance(tree, Mapping) else value
