@@ -185,7 +185,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                          in_shardings=(placed, batch_sharding(mesh), replicated(mesh)), out_shardings=(placed, replicated(mesh)))
         batch = next(data)
         lowered = update.lower(state, batch, key_train)
-        known = sorted({*lowered.out_info[1], "images_per_s"} - {"finite"})
+        known = sorted({*lowered.out_info[1]} - {"finite"})
         if keep_best and keep_best.removeprefix("+") not in known:
             raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
         update = lowered.compile()  # before the clock and the bar start

@@ -155,7 +155,7 @@ def test_a_run_reconstructs_what_it_did_not_carry(unbroken):
         assert at == (step or 26) and wrong < said < 0.1
 
 
-@pytest.mark.parametrize("dies_at", [3, 11, 13, 20, 21])
+@pytest.mark.parametrize("dies_at", [11, 20, 21])
 def test_killed_and_resumed_the_snapshots_are_those_of_an_unbroken_run(unbroken, tmp_path, dies_at):
     with pytest.raises(InterruptedError):
         run(tmp_path, steps=26, last=dies_at)
@@ -197,6 +197,12 @@ def test_lengths_and_steps_that_cannot_be_given(unbroken, options, says):
 def test_mistakes_are_named_before_training(tmp_path, options, says):
     with pytest.raises(UserError, match=says):
         run(tmp_path, averages=options)
+
+
+def test_a_metric_that_does_not_exist_is_named_before_training(tmp_path):
+    with pytest.raises(UserError, match="keep_best='[+]lss' is no metric of this run; choose from: grad_norm, loss, mean_error"):
+        run(tmp_path, averages={}, keep_best="+lss")
+    assert not [n for n in os.listdir(tmp_path / "checkpoints") if n.isdigit()]
 
 
 def test_without_averages_nothing_is_carried_or_written(tmp_path):
