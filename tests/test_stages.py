@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax.parallel.sharding import make_mesh, shardings
 from ldm_jax.stages import given
 from ldm_jax.systems.base import System
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.loop import _placed
-from ldm_jax.training.sharding import make_mesh, shardings
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 

@@ -11,10 +11,10 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from ldm_jax.types import Array, PyTree, UserError
+from ldm_jax.types import Array, PyTree, UserError, to_host
 
 _STATE = "state"
 
@@ -41,7 +41,7 @@ def fingerprints(tree: PyTree) -> Dict[str, int]:
     """Array's path -> fingerprint."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    return dict(zip(names, map(int, np.asarray(_fingerprints([x for _, x in flat]))))) if flat else {}
+    return dict(zip(names, map(int, to_host(_fingerprints([x for _, x in flat]))))) if flat else {}
 
 
 class Checkpoints:
@@ -135,7 +135,7 @@ class Checkpoints:
 
     def load(self, step: int, abstract: PyTree) -> Tuple[PyTree, Dict[str, int]]:
         """(state, data position) of one step, verified. A damaged one raises whatever its reader does, or ValueError."""
-        place = SingleDeviceSharding(jax.devices()[0])
+        place = _everywhere() if jax.process_count() > 1 else SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or place), abstract)
         notes = self._checkpointer.checkpointables_metadata(step).custom_metadata
         context = ocp.Context()
@@ -187,6 +187,11 @@ def _kept(keep: Optional[int], keep_every: int, keep_best: str) -> Any:
 
         chosen.append(policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False))
     return policies.AnyPreservationPolicy(chosen)
+
+
+def _everywhere() -> NamedSharding:
+    """Whole on every device of every process."""
+    return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
 
 
 def reason_of(error: BaseException) -> str:

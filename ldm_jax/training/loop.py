@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, place, replicated, shardings
+from ldm_jax.parallel.signals import asking, watch_signals
 from ldm_jax.training.averages import Snapshots, updated
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.logs import Logs, drop_after, progress
-from ldm_jax.training.sharding import Rules, batch_sharding, replicated, shardings
 from ldm_jax.training.state import TrainState, new_state
-from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_in
+from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_in, writes_files
 
 
 class Interrupted(Exception):
@@ -91,7 +92,7 @@ def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values:
     def put(spec, value):
         if isinstance(spec, Mapping):
             return {name: put(spec[name], value[name]) for name in spec if name in value}
-        return jax.tree.map(lambda s, v: jax.device_put(v.astype(s.dtype), s.sharding), spec, value)
+        return jax.tree.map(lambda s, v: place(v if v.dtype == s.dtype else v.astype(s.dtype), s.sharding), spec, value)
 
     def merge(tree, value):
         return {name: merge(a, value[name]) if name in value else a for name, a in tree.items()} if isinstance(tree, Mapping) else value
@@ -101,25 +102,19 @@ def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values:
     return merge(trees, jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given))
 
 
-@contextlib.contextmanager
-def _watch_signals():
-    """Collects SIGINT and SIGTERM in a list instead of dying in the middle of a step; a second one has its usual effect."""
-    seen, before = [], {}
+def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, asked: Array) -> Any:
+    """`step` compiled for a mesh: (state, batch, key, asked) -> (state, metrics), the state's memory being used again.
 
-    def note(signum, frame):
-        seen.append(signum)
-        signal.signal(signum, before[signum])
+    state, batch: arrays, or ShapeDtypeStructs with shardings. asked: see `parallel.signals.asking`; metrics["asked"] is its largest.
+    """
+    def run(state, batch, key, asked):
+        state, metrics = step(state, batch, key)
+        return state, {**metrics, "asked": jnp.max(asked)}
 
-    try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, note)
-    except ValueError:  # not in the main thread (a notebook's worker): signals are not ours to take
-        pass
-    try:
-        yield seen
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    of = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
+    arguments = (state, batch, key, asked)
+    return jax.jit(run, donate_argnums=0, in_shardings=tuple(map(of, arguments)),
+                   out_shardings=(of(state), replicated(asked.sharding.mesh))).lower(*arguments).compile()
 
 
 def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], trained: Sequence[str], loss_fn: LossFn,
@@ -128,7 +123,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
           ema_decay: float = 0.9999, accumulate: int = 1, log_every: int = 100, save_every: int = 1000, keep: int = 2,
           keep_every: int = 0, keep_best: str = "", averages: Mapping[str, Any] = {},
           on_save: Optional[Callable[[int, TrainState], None]] = None, config: Optional[Mapping[str, Any]] = None, name: str = "train",
-          warn: Callable[[str], None] = print) -> TrainState:
+          warn: Callable[[str], None] = print, mark: Callable[[int], None] = lambda step: None) -> TrainState:
     """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
 
     Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for bit, as a run that
@@ -138,26 +133,30 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
       init: key -> parameters by name, of which those in `trained` are trained by gradient.
       given: called at the start of a new run for the values of some parameters, by name, in place of what `init` makes of them.
       refresh: see `train_step`.
-      batches: (position, state) -> iterator of batches sharded by `batch_sharding(mesh)`, with get_state() and close().
+      batches: (position, state) -> iterator of batches placed by `placer(mesh)`, with get_state() and close().
       keep, keep_every, keep_best: see `Checkpoints`; the metrics are those of the last line logged, the one that ends at the save.
       averages: {"stds": relative lengths of the power-function averages to carry, "every": steps between their snapshots}, which go to
         WORKDIR/averages; none by default.
       on_save: called with (step, state) after every checkpoint, for pictures.
-      warn: is told of checkpoints that are passed over.
+      warn: is told of checkpoints that are passed over. mark: is told of every step that begins, see `parallel.rollcall`.
 
     Raises:
       UserError: a loss that is not finite, a checkpoint that cannot be written or read.
-      Interrupted: on SIGINT or SIGTERM, after saving.
+      Interrupted: on SIGINT or SIGTERM, in any of the processes, after saving.
     """
-    if batch_size % accumulate or (batch_size // accumulate) % mesh.size:
-        raise UserError(f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over {mesh.size} device(s)")
+    parts = batch_parts(mesh)
+    if batch_size % accumulate or (batch_size // accumulate) % parts:
+        raise UserError(f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over the {parts} of the mesh's "
+                        f"data x fsdp")
     key = jax.random.key(seed)
     key_init, key_train = jax.random.split(key)
+    key_train = place(key_train, replicated(mesh))
 
     def start() -> TrainState:
         return new_state(init(key_init), trained, tx, averages.get("stds", ()))
 
     abstract = jax.eval_shape(start)
+    check_rules(rules, abstract)
     placed = shardings(abstract, mesh, rules)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
     with contextlib.ExitStack() as stack:
@@ -177,20 +176,20 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         snapshots.begin(step, state.powers)
         if step >= steps:
             return state
-        drop_after(os.path.join(workdir, "metrics.jsonl"), step)
-        logs = stack.enter_context(Logs(workdir))
+        if writes_files():
+            drop_after(os.path.join(workdir, "metrics.jsonl"), step)
+        logs = stack.enter_context(Logs(workdir if writes_files() else None))
         data = batches(position["next_index"], state)
         stack.callback(data.close)
-        update = jax.jit(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), donate_argnums=0,
-                         in_shardings=(placed, batch_sharding(mesh), replicated(mesh)), out_shardings=(placed, replicated(mesh)))
         batch = next(data)
-        lowered = update.lower(state, batch, key_train)
-        known = sorted({*lowered.out_info[1]} - {"finite"})
+        ask = asking(mesh)
+        update = compiled_step(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), state, batch, key_train,
+                               ask(0))  # before the clock and the bar start
+        known = sorted({*jax.tree.unflatten(update.out_tree, range(update.out_tree.num_leaves))[1]} - {"finite", "asked"})
         if keep_best and keep_best.removeprefix("+") not in known:
             raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
-        update = lowered.compile()  # before the clock and the bar start
         bar = stack.enter_context(progress(steps, step, name))
-        seen = stack.enter_context(_watch_signals())
+        seen = stack.enter_context(watch_signals())
         window, since, last_logged = [], time.perf_counter(), {}
 
         def read_window() -> None:
@@ -205,7 +204,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 raise UserError(f"the loss is not finite at step {start + bad[0]}, the first of {len(bad)} in steps {start} to {step}; "
                                 f"last good checkpoint: {checkpoints.steps[-1:] or 'none'}. Lower the learning rate or clip_norm, "
                                 f"then run again in a new --workdir")
-            mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k != "finite"}
+            mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k not in ("finite", "asked")}
             mean["images_per_s"] = len(values) * batch_size / (time.perf_counter() - since)
             logs.scalars(step, mean)
             last_logged = mean
@@ -218,17 +217,19 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             checkpoints.save(step, state, data.get_state(), metrics=last_logged)
 
         while step < steps:
-            state, metrics = update(state, batch, key_train)
+            mark(step)
+            state, metrics = update(state, batch, key_train, ask(seen[0] if seen else 0))
             step += 1
             bar.update()
             window.append(metrics)
-            jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
+            done = jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
             if step % log_every == 0:
                 read_window()
-            if seen:
+            stop = int(done["asked"]) if jax.process_count() > 1 else seen and seen[0]  # all processes at the same step
+            if stop:
                 save()
                 checkpoints.wait()
-                raise Interrupted(seen[0], step)
+                raise Interrupted(stop, step)
             if step % save_every == 0 or step == steps:
                 save()
                 if on_save and step < steps:

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax.parallel.sharding import make_mesh
 from ldm_jax.training import averages
 from ldm_jax.training.averages import gamma_of, inner, reconstruct, updated, weights
 from ldm_jax.training.checkpoint import Checkpoints, fingerprints
 from ldm_jax.training.loop import train
-from ldm_jax.training.sharding import make_mesh
 from ldm_jax.types import UserError
 from tests.training.test_loop import loss_fn, problem
 
@@ -121,7 +121,7 @@ def run(workdir, steps=24, last=None, **options):
     os.makedirs(workdir, exist_ok=True)
     return train(workdir=str(workdir), init=lambda key: problem()[0], trained=("net",), loss_fn=loss_fn,
                  tx=optax.sgd(0.3, momentum=0.9), batches=lambda start, state: Batches(start, last), batch_size=16, steps=steps, seed=0,
-                 mesh=make_mesh(1, 1, jax.devices()[:1]), warn=pytest.fail, **{"averages": dict(stds=STDS, every=4), "save_every": 5, "log_every": 5, **options})
+                 mesh=make_mesh(devices=jax.devices()[:1]), warn=pytest.fail, **{"averages": dict(stds=STDS, every=4), "save_every": 5, "log_every": 5, **options})
 
 
 def on_disk(workdir):
