@@ -95,6 +95,7 @@ def write_average(path: str, std: float, *, step: Optional[int] = None) -> Tuple
     name = f"ema_{std:.3f}" if round(std, 3) == std else f"ema_{std!r}"
     directory = os.path.join(path, name if step is None else f"{name}_step_{step:07d}")
     with Checkpoints(os.path.join(directory, "checkpoints"), keep=1, config=config) as checkpoints:
+        checkpoints.drop_after(at)
         checkpoints.save(at, {"ema": average, "others": state["others"]}, {})
         checkpoints.wait()
     with open(os.path.join(directory, "config.json"), "w") as f:

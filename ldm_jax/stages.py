@@ -40,13 +40,14 @@ def given(config: Mapping[str, Any], workdir: str, source: Source, system: Any, 
     if directory:
         theirs = read_part(directory, part) if part else api.load(directory).params
         shapes = [_shapes(tree) for tree in (theirs, ours)]
-        names = set(shapes[0]) if "/" in part else {*shapes[0], *shapes[1]}
+        whole = part in ("", "params", "ema")
+        names = {*shapes[0], *shapes[1]} if whole else set(shapes[0])
         differs = sorted(name for name in names if shapes[0].get(name) != shapes[1].get(name))
         if differs:
             raise UserError(f"init_dir={directory!r} holds other parameters: {differs[0]} has shape {shapes[0].get(differs[0])} there and "
                             f"{shapes[1].get(differs[0])} here, and {len(differs) - 1} more; give a run of the same net"
                             + (", or another init_part" if part else ""))
-        if "/" not in part:
+        if whole:
             return theirs
     staged = "first_stage" in config and not config.get("init_from")
     if staged and not set(theirs) <= set(system.trained):
@@ -65,10 +66,13 @@ def read_part(directory: str, part: str) -> Mapping[str, PyTree]:
     root, *path = part.split("/")
     if root not in ROOTS:
         raise UserError(f"init_part={part!r} does not begin with one of {', '.join(ROOTS)}; give such as ema, params or ema/net")
+    nothing = UserError(f"init_dir={directory!r} holds no checkpoint that can be read; train it first")
+    if not os.path.isdir(os.path.join(directory, "checkpoints")):
+        raise nothing
     with Checkpoints(os.path.join(directory, "checkpoints"), read_only=True) as checkpoints:
-        if not checkpoints.steps:
-            raise UserError(f"init_dir={directory!r} holds no checkpoint yet; train it first")
-        tree = there = checkpoints.saved(checkpoints.steps[-1])
+        tree = there = checkpoints.saved()
+        if there is None:
+            raise nothing
         for i, name in enumerate((root, *path)):
             if not isinstance(tree, Mapping) or name not in tree:
                 known = ", ".join(sorted(tree)) if isinstance(tree, Mapping) else "nothing"

@@ -1,5 +1,6 @@
 """What a run starts from: a whole run, its averages, what was averaged, or one subtree, on any mesh."""
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def start(other, part, system=SYSTEM, **config):
 @pytest.mark.parametrize("part, expected", [
     ("params", lambda: params(1)), ("ema", lambda: {"net": params(2)["net"], "fixed": params(1)["fixed"]}),
     ("ema/net/b", lambda: {"net": {"b": params(2)["net"]["b"]}}), ("params/net/a/kernel/", lambda: {"net": {"a": {"kernel": params(1)["net"]["a"]["kernel"]}}}),
-    ("others/fixed", lambda: {"fixed": params(1)["fixed"]})])
+    ("others/fixed", lambda: {"fixed": params(1)["fixed"]}), ("others", lambda: {"fixed": params(1)["fixed"]})])
 def test_parts(other, part, expected):
     equal(start(other, part), expected())
 
@@ -91,3 +92,7 @@ def test_shapes_that_differ_and_what_does_not_belong(other, tmp_path):
         start("", "ema")
     with pytest.raises(UserError, match="holds no run"):
         start(str(tmp_path), "ema/net")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no checkpoint that can be read"):
+        start(str(tmp_path), "ema/net")
+    assert os.listdir(tmp_path) == ["config.json"]

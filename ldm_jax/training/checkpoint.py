@@ -100,10 +100,13 @@ class Checkpoints:
             if later > step:
                 self._checkpointer.delete(later)
 
-    def saved(self, step: int) -> PyTree:
-        """What was saved at `step`, as nested dicts of ShapeDtypeStructs."""
-        tree = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+    def saved(self) -> Optional[PyTree]:
+        """What the newest checkpoint that says so holds, as nested dicts of ShapeDtypeStructs; None where none does."""
+        for step in self.steps[::-1]:
+            with contextlib.suppress(Exception):  # as in `restore`
+                tree = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+                return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+        return None
 
     def restore(self, abstract: PyTree, *, warn: Callable[[str], None],
                 step: Optional[int] = None) -> Optional[Tuple[int, PyTree, Dict[str, int]]]:
