@@ -252,8 +252,11 @@ def cifar10_or_shapes() -> dict:
     return dict(name="shapes", shapes=dict(size=32))
 
 
-FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
+FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.keep_best",
+        "train.averages.every", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
         "data.folder.path")
+
+ABSENT = {"init_dir": "", "init_part": "", "train.averages": {"stds": []}}  # what a key means to a run from before there was that key
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE, prefix: str = "") -> list:
@@ -261,9 +264,11 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] 
     its way."""
     out = []
     for key in sorted({*old, *new}):
-        name, a, b = prefix + key, old.get(key), new.get(key)
-        if name.removeprefix("first_stage.") in free:
+        name = prefix + key
+        short = name.removeprefix("first_stage.")
+        if short in free:
             continue
+        a, b = (config.get(key, ABSENT.get(short)) for config in (old, new))
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             out += changed(a, b, free, name + ".")
         elif a != b:
