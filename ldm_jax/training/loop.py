@@ -193,8 +193,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         stack.callback(data.close)
         batch = next(data)
         ask = asking(mesh)
-        update = compiled_step(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), state, batch, key_train,
-                               ask(0))  # before the clock and the bar start
+        update = train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh)
+        update = compiled_step(update, state, batch, key_train, ask(0))  # before the clock and the bar start
         known = sorted({*jax.tree.unflatten(update.out_tree, range(update.out_tree.num_leaves))[1]} - {"finite", "asked"})
         if keep_best and keep_best.removeprefix("+") not in known:
             raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
