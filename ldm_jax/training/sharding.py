@@ -7,6 +7,7 @@ import re
 from typing import Optional, Sequence, Tuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,6 +41,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def in_parts(batch: PyTree, parts: int) -> PyTree:
+    """[n, ...] -> [parts, n / parts, ...]: part p has the examples p, p + parts, ..., so that each is spread over all devices."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a.reshape((a.shape[0] // parts, parts) + a.shape[1:]), 1, 0), batch)
 
 
 def _largest_axis(shape: Tuple[int, ...], size: int) -> P:
