@@ -63,7 +63,8 @@ def diagnose(loss_fn: LossFn, state: TrainState, batch: PyTree, key: Array, *, r
     losses = [loss for (loss, _), _, _ in results]
     order = sorted(range(accumulate), key=lambda part: bool(np.all(np.isfinite(losses[part]))))  # parts with a bad loss first
     found = next(filter(None, (first_bad(places, results[part][2]) for part in order)), None)
-    bad = ~np.all([np.isfinite(squares) for _, squares, _ in results], 0)
+    squares = np.max([np.nan_to_num(squares, nan=np.inf, posinf=np.inf) for _, squares, _ in results], 0).astype(np.float64)
+    bad = (squares == squares.max()) & (squares.sum() > np.finfo(np.float32).max)  # the largest, where their sum alone overflows
     return {"loss": whole(losses), "t": whole([t for (_, t), _, _ in results]),
             "data": {name(path): flags for path, flags in jax.tree_util.tree_flatten_with_path(data)[0]},
             "parameters": [name(path) for path, flag in jax.tree_util.tree_flatten_with_path(parameters)[0] if not flag],
@@ -76,7 +77,7 @@ def _some(values: Sequence[Any]) -> str:
 
 
 def findings(found: Mapping[str, Any], ids: Sequence[int]) -> List[str]:
-    """What `diagnose` found in a few lines; ids [B] of the examples."""
+    """What `diagnose` found in a few lines, none where all is finite; ids [B] of the examples."""
     bad = np.flatnonzero(~np.isfinite(found["loss"]))
     lines = []
     if len(bad):
@@ -92,9 +93,22 @@ def findings(found: Mapping[str, Any], ids: Sequence[int]) -> List[str]:
     if found["blocks"] and not len(bad):
         what = "gradient" if found["where"] else "gradient's norm, which is too large for float32,"
         lines.append(f"the losses are finite, the {what} is not: {_some(found['blocks'])}")
-    if not lines:
-        lines.append("run again, the step is finite: a fault of the machine, or of the data when it was read")
     return lines
+
+
+def advice(found: Mapping[str, Any], lines: Sequence[str], directory: str) -> str:
+    """What to do about it."""
+    if not lines:
+        return "  run again, the step is finite: a fault of the machine, or of the data when they were read; the same command goes on"
+    mend = "" if all(np.all(finite) for finite in found.get("data", {}).values()) else "mend or leave out these examples, or "
+    return (f"The same command comes to the same step. In a new --workdir {mend}lower optimizer.learning_rate or clip_norm, or compute in "
+            f"float32; to begin from the kept state set init_dir={directory} in the config.")
+
+
+def _listed(value: Any) -> Any:
+    """Arrays as JSON: numbers that it has no names for become "nan", "inf" and "-inf"."""
+    value = np.asarray(value)
+    return [v if np.isfinite(v) else str(v) for v in value.tolist()]
 
 
 def keep(directory: str, state: TrainState, position: Mapping[str, int], config: Any) -> None:
@@ -128,10 +142,8 @@ def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids
     if jax.process_index() == 0:
         report = {"step": step, "ids": [int(i) for i in ids], **found, "summary": lines}
         with open(os.path.join(directory, "report.json"), "w") as f:
-            json.dump(report, f, indent=1, default=lambda a: np.asarray(a).tolist())
+            json.dump(report, f, indent=1, default=_listed)
     return "\n".join([
         f"not finite at step {step}:", *(f"  {line}" for line in lines),
         f"  kept: {directory} (report.json, and the state of step {step - 1} as a run of its own); "
-        f"checkpoints of the run: {', '.join(map(str, checkpoints)) or 'none'}",
-        f"The same command comes to the same step. In a new --workdir lower optimizer.learning_rate or clip_norm, or compute in float32; "
-        f"to begin from the kept state set init_dir={directory} in the config."])
+        f"checkpoints of the run: {', '.join(map(str, checkpoints)) or 'none'}", advice(found, lines, directory)])
