@@ -5,7 +5,7 @@ from typing import Optional, Sequence, Tuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm_jax.types import UserError
+from ldm_jax.types import UserError, writes_files
 
 _SMALLEST = 48  # pixels; smaller images are enlarged by a whole factor so that they can be looked at
 
@@ -31,7 +31,9 @@ def grid(rows: Sequence[np.ndarray], gap: int = 2) -> Image.Image:
 
 
 def save(path: str, rows: Sequence[np.ndarray], gap: int = 2) -> str:
-    """Write `grid(rows, gap)` to `path` through a temporary name; returns the path."""
+    """Write `grid(rows, gap)` to `path` through a temporary name; returns the path. Of several processes the first writes."""
+    if not writes_files():
+        return path
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     grid(rows, gap).save(path + ".tmp", format="png")
     os.replace(path + ".tmp", path)

@@ -73,7 +73,7 @@ def summary(steps: Sequence[Mapping[str, Any]], blocks: Sequence[str]) -> Dict[s
     The mean over the steps of each number; "mse_t0.0-0.1" and so on, the mean over all examples of the steps in that part of t, left
     out where there were none; "grad_norms", block's name -> the mean norm of its gradient.
     """
-    special = ("finite", "by_level", "block_norms")
+    special = ("finite", "asked", "by_level", "block_norms")
     line: Dict[str, Any] = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if name not in special}
     for name in steps[0].get("by_level", ()):
         sums, counts = np.sum([np.asarray(step["by_level"][name], np.float64) for step in steps], 0)

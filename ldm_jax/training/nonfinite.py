@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ldm_jax.parallel.sharding import in_parts
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.health import block_names, block_squares
-from ldm_jax.training.sharding import in_parts
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.watch import described, first_bad, watch
-from ldm_jax.types import Array, LossFn, PyTree, example_keys, fold_in
+from ldm_jax.types import Array, LossFn, PyTree, example_keys, fold_in, writes_files
 
 SHOWN = 5  # ids and names in the message; the report has all
 
@@ -116,7 +116,7 @@ def keep(directory: str, state: TrainState, position: Mapping[str, int], config:
     with Checkpoints(os.path.join(directory, "checkpoints"), keep=1, config=config) as checkpoints:
         checkpoints.save(int(state.step), state, position)
         checkpoints.wait()
-    if config is not None and jax.process_index() == 0:
+    if config is not None and writes_files():
         with open(os.path.join(directory, "config.json"), "w") as f:
             json.dump(config, f, indent=2, sort_keys=True)
 
@@ -139,7 +139,7 @@ def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids
         lines = findings(found, ids)
     except Exception as error:  # most likely memory: the watched step needs somewhat more than a step
         found, lines = {}, [f"running it again to see where failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"]
-    if jax.process_index() == 0:
+    if writes_files():
         report = {"step": step, "ids": [int(i) for i in ids], **found, "summary": lines}
         with open(os.path.join(directory, "report.json"), "w") as f:
             json.dump(report, f, indent=1, default=_listed)

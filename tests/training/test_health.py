@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax.parallel.sharding import batch_sharding, make_mesh, replicated, shardings
 from ldm_jax.training import health
 from ldm_jax.training.logs import Logs
 from ldm_jax.training.loop import train_step
-from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated, shardings
 from ldm_jax.training.state import new_state
 
 EDGES = np.arange(11) / 10

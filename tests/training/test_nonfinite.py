@@ -13,10 +13,10 @@ from ldm_jax.data import Source, batches
 from ldm_jax.data.base import Field
 from ldm_jax.models import NETS
 from ldm_jax.systems import diffusion
+from ldm_jax.parallel.sharding import batch_sharding, make_mesh, placer, replicated
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.loop import train, train_step
 from ldm_jax.training.nonfinite import diagnose, findings, stopped
-from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 
@@ -135,7 +135,7 @@ def run(workdir, steps, bad=None, **options):
     source = Source("vectors", (1, 1, 1), None, (), 24, read, {"x": Field((4,)), "t": Field(())})
     mesh = make_mesh()
     return train(workdir=str(workdir), init=lambda key: problem()[0], trained=("net",), loss_fn=loss_fn, tx=optax.adam(0.01), steps=steps,
-                 batches=lambda start, state: batches(source, batch_size=8, seed=4, sharding=batch_sharding(mesh), start=start),
+                 batches=lambda start, state: batches(source, batch_size=8, seed=4, place=placer(mesh), start=start),
                  batch_size=8, seed=0, mesh=mesh, config={"of": "this run"}, warn=pytest.fail, **options)
 
 
