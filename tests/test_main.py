@@ -231,8 +231,8 @@ def test_a_loss_that_is_not_finite(tmp_path):
     lines = result.stderr.strip().splitlines()
     said = lines[next(i for i, line in enumerate(lines) if "error: not finite at step 3:" in line):]
     kept = workdir / "nonfinite_0000003"
-    for text in ("loss of 64 of 64 examples: ids ", "; t 0.", "first: the loss, after the last layer", f"kept: {kept}", "checkpoints of the run: 2",
-                 "lower optimizer.learning_rate", f"init_dir={kept}"):
+    for text in ("loss of 64 of 64 examples: ids ", "; t 0.", "first: the loss, after the last layer", f"kept: {kept}",
+                 "checkpoints of the run: 2", "lower optimizer.learning_rate", f"init_dir={kept}"):
         assert text in "\n".join(said), said
     assert len(said) <= 7 and parameters(workdir)[0] == 2 and parameters(kept)[0] == 2
     ours, theirs = (parameters(directory)[1] for directory in (workdir, kept))

@@ -194,9 +194,9 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             checkpoints.wait()
             where = {"next_index": ahead + int(state.step)}
             data.set_state(where)
-            raise UserError(nonfinite.stopped(workdir, loss_fn, state, next(data), data.ids(where["next_index"]), key_train, position=where,
-                                              replicated=replicated(mesh), accumulate=accumulate, config=config,
-                                              checkpoints=checkpoints.steps))
+            raise UserError(nonfinite.stopped(
+                workdir, loss_fn, state, next(data), data.ids(where["next_index"]), key_train, position=where, replicated=replicated(mesh),
+                accumulate=accumulate, config=config, checkpoints=checkpoints.steps))
 
         def save() -> None:
             read_window()

@@ -101,8 +101,8 @@ def advice(found: Mapping[str, Any], lines: Sequence[str], directory: str) -> st
     if not lines:
         return "  run again, the step is finite: a fault of the machine, or of the data when they were read; the same command goes on"
     mend = "" if all(np.all(finite) for finite in found.get("data", {}).values()) else "mend or leave out these examples, or "
-    return (f"The same command comes to the same step. In a new --workdir {mend}lower optimizer.learning_rate or clip_norm, or compute in "
-            f"float32; to begin from the kept state set init_dir={directory} in the config.")
+    return (f"The same command comes to the same step. In a new --workdir {mend}lower optimizer.learning_rate or clip_norm, or compute "
+            f"in float32; to begin from the kept state set init_dir={directory} in the config.")
 
 
 def _listed(value: Any) -> Any:
@@ -121,8 +121,9 @@ def keep(directory: str, state: TrainState, position: Mapping[str, int], config:
             json.dump(config, f, indent=2, sort_keys=True)
 
 
-def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids: Sequence[int], key: Array, *, position: Mapping[str, int],
-            replicated: NamedSharding, accumulate: int = 1, config: Any = None, checkpoints: Sequence[int] = ()) -> str:
+def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids: Sequence[int], key: Array, *,
+            position: Mapping[str, int], replicated: NamedSharding, accumulate: int = 1, config: Any = None,
+            checkpoints: Sequence[int] = ()) -> str:
     """The message of a run that stops because the step after `state` is not finite.
 
     The state goes to WORKDIR/nonfinite_STEP with report.json: "step", "ids" [B], and what `diagnose` returns.
@@ -138,7 +139,8 @@ def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids
         found = diagnose(loss_fn, state, batch, key, replicated=replicated, accumulate=accumulate)
         lines = findings(found, ids)
     except Exception as error:  # most likely memory: the watched step needs somewhat more than a step
-        found, lines = {}, [f"running it again to see where failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        found, lines = {}, [f"running it again to see where failed: {reason}"]
     if writes_files():
         report = {"step": step, "ids": [int(i) for i in ids], **found, "summary": lines}
         with open(os.path.join(directory, "report.json"), "w") as f:

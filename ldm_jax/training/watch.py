@@ -3,7 +3,8 @@
 JAX records with each operation the names of the modules that it belongs to. A function's operations are carried out again one
 after the other, inside one compiled program, and every array that leaves the module that made it is tested: for the output of a
 layer there is one flag, for that of a scanned layer one per turn. What a layer makes and uses by itself is not looked at, so
-that a mask's -inf is nobody's fault. Of a gradient the backward pass comes in the order in which it runs.
+that a mask's -inf is nobody's fault. Of a gradient the backward pass comes in the order in which it runs. What lies inside a cond
+or a while counts as one operation.
 """
 import dataclasses
 import re

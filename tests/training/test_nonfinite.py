@@ -149,7 +149,8 @@ def test_a_run_stops_and_keeps_the_state_of_before(tmp_path):
             run(tmp_path / "run", 30, bad, **options)
         said = str(error.value).splitlines()
         kept = tmp_path / "run" / "nonfinite_0000002"
-        assert said[0] == "not finite at step 2:" and said[1] == f"  loss of 1 of 8 examples: ids {bad} of the data; t {bad / 24:.4f} to {bad / 24:.4f}"
+        assert said[0] == "not finite at step 2:"
+        assert said[1] == f"  loss of 1 of 8 examples: ids {bad} of the data; t {bad / 24:.4f} to {bad / 24:.4f}"
         assert f"'x' of ids {bad}" in said[2] and "Net/first" in said[3]
         assert f"  kept: {kept} " in said[4] and said[4].endswith("checkpoints of the run: 1") and f"init_dir={kept}" in said[5]
         assert "mend or leave out these examples" in said[5]
