@@ -18,7 +18,7 @@ from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
 from ldm_jax.training.loop import train as train_loop
 from ldm_jax.parallel.processes import the_first_before, wait_for_all
-from ldm_jax.parallel.sharding import make_mesh, placer, share
+from ldm_jax.parallel.sharding import placer, share
 from ldm_jax.types import UserError, to_signed, writes_files
 
 Config = Mapping[str, Any]
@@ -29,18 +29,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _mesh(config: Config) -> Tuple[Any, Sequence]:
-    """The mesh of a config's `mesh` section, and its rules."""
-    section = dict(config["mesh"])
-    rules = section.pop("rules", ())
-    return make_mesh(**section), rules
-
-
 def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda step: None) -> api.Pipeline:
     """Train what `config` describes in `workdir`, going on from where an earlier call stopped, and leave pictures.
 
     A latent system first trains its first stage in WORKDIR/first_stage, unless that is done or `first_stage_dir` names one.
-    `init_dir` names a run of the same system whose parameters are started from.
+    `init_dir` names a run whose parameters, or the part `init_part` of them, are started from, see `stages.given`.
 
     Raises:
       UserError: see `training.loop.train`; a workdir that another config began, or that cannot be written.
@@ -51,7 +44,7 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
     section = dict(config["train"])
     steps = section.pop("steps")
     tx = recipe.build_optimizer(config, system.trained)
-    mesh, rules = _mesh(config)
+    mesh, rules = recipe.build_mesh(config["mesh"])
     source = tokenized(the_first_before(lambda: recipe.build_source(config["data"], "train")), system.conditioners)
     say(f"data: {source.name}, {source.size} images")
     if system.reconstruct is not None:
@@ -130,10 +123,12 @@ def _plain(config: Config) -> dict:
 
 
 def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str] = None, original: Optional[str] = None,
-         tokenizer: Optional[str] = None, vae: Optional[str] = None, lora: Optional[str] = None, lora_scale: float = 1.0) -> api.Pipeline:
+         tokenizer: Optional[str] = None, vae: Optional[str] = None, lora: Optional[str] = None, lora_scale: float = 1.0,
+         step: Optional[int] = None) -> api.Pipeline:
     """The Pipeline of the run in `workdir`, or of the published checkpoint `weights`, with what `config` says of sampling.
 
     original, tokenizer, vae: for `weights` that are one file in its authors' layout, see `pipelines.load_original`.
+    step: of the run's checkpoint, the newest by default.
     config: `sampler` in place of the run's settings; of published weights also `size` and `dtype`, and of its `sampler` what is not "".
 
     Raises:
@@ -141,7 +136,9 @@ def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str
     """
     adapters = {} if lora is None else {"lora": lora, "lora_scale": lora_scale}
     if weights is None:
-        return api.load(workdir, **(recipe.sampler_of(config) if config else {}), **adapters)
+        return api.load(workdir, step=step, **(recipe.sampler_of(config) if config else {}), **adapters)
+    if step is not None:
+        raise UserError(f"--step={step} is of a run's checkpoints; --weights has no steps")
     settings = dict((config or {}).get("sampler") or {})
     if original is None and not pipelines.is_published(weights):
         raise UserError(f"--weights={weights!r} holds no published checkpoint (no model_index.json); give its directory, or with "
@@ -151,6 +148,14 @@ def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str
     how = {key: (config or {}).get(key) for key in ("size", "dtype")}
     chosen = {key: settings[key] for key in ("name", "steps", "guidance", "grid", "batch_size") if settings.get(key)}
     return api.load(weights, **{key: value for key, value in how.items() if value}, **chosen, **adapters)
+
+
+def average(workdir: str, stds: Sequence[float], *, step: Optional[int] = None) -> None:
+    """Put averages of the relative lengths `stds` together from the snapshots in WORKDIR/averages; see `api.write_average`."""
+    for std in stds:
+        with _writing(workdir):
+            directory, at, error = api.write_average(workdir, std, step=step)
+        say(f"wrote {directory}: the average of relative length {std} at step {at}, its profile's relative error {error:.2g}")
 
 
 def export(pipeline: api.Pipeline, directory: str, *, merged: bool = False) -> None:
@@ -232,10 +237,10 @@ def _unused(path: str) -> str:
     return path
 
 
-def evaluate(workdir: str, config: Optional[Config] = None) -> Dict[str, float]:
+def evaluate(workdir: str, config: Optional[Config] = None, *, step: Optional[int] = None) -> Dict[str, float]:
     """Measure a finished run as its `eval` section says (that of `config` if given); print a table, write WORKDIR/eval.json."""
     config = config or api.read_config(workdir)
-    pipeline, section = api.load(workdir, **recipe.sampler_of(config)), config["eval"]
+    pipeline, section = api.load(workdir, step=step, **recipe.sampler_of(config)), config["eval"]
     train_source, test_source = (recipe.build_source(config["data"], split) for split in ("train", "test"))
     test = test_source.read(range(min(test_source.size, section["real"])))
     if pipeline.system.reconstruct is not None:

@@ -2,7 +2,7 @@
 
     data       the batch is split over it; parameters are whole on each of its devices
     fsdp       the batch is split over it as well, and so are parameters, their average and the optimiser's moments
-    sequence   the rows of the pictures, and with them a DiT's tokens, are split over it
+    sequence   the rows of the pictures, and with them a DiT's tokens, are split over it; not for networks that train convolutions
     tensor     the channels inside a block: its first matrix by columns, its last by rows
 
 No network knows of it: XLA's partitioner (Xu et al. 2021, GSPMD) carries the split from the arrays that are named here to all others,
@@ -171,6 +171,16 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
         return NamedSharding(mesh, _largest_axis(leaf.shape, mesh.shape["fsdp"]))
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def check_sequence(trained: PyTree, mesh: Mesh) -> None:
+    """Raises UserError for a sequence axis and kernels of convolutions among the parameters that are trained.
+
+    XLA's partitioner gives wrong gradients for such kernels when pictures are split by rows and kernels by channels.
+    """
+    if mesh.shape["sequence"] > 1 and any(a.ndim == 4 for a in jax.tree.leaves(trained)):
+        raise UserError(f"mesh.sequence={mesh.shape['sequence']} is for networks without convolutions, such as a DiT; use data, fsdp and "
+                        f"tensor for this one")
 
 
 def check_rules(rules: Rules, tree: PyTree) -> None:

@@ -13,6 +13,7 @@ from ldm_jax.types import Array, PyTree
 
 LEVELS = 10  # equal parts of t in [0, 1]
 SCANNED = "blocks"  # the layers of a scan over blocks: their parameters have a leading axis, one row for each
+NO_NUMBERS = ("finite", "asked", "by_level", "block_norms")  # of a step's metrics what is no number to be averaged
 
 
 def by_level(t: Array, error: Array) -> Array:
@@ -73,8 +74,7 @@ def summary(steps: Sequence[Mapping[str, Any]], blocks: Sequence[str]) -> Dict[s
     The mean over the steps of each number; "mse_t0.0-0.1" and so on, the mean over all examples of the steps in that part of t, left
     out where there were none; "grad_norms", block's name -> the mean norm of its gradient.
     """
-    special = ("finite", "asked", "by_level", "block_norms")
-    line: Dict[str, Any] = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if name not in special}
+    line: Dict[str, Any] = {name: float(np.mean([step[name] for step in steps])) for name in steps[0] if name not in NO_NUMBERS}
     for name in steps[0].get("by_level", ()):
         sums, counts = np.sum([np.asarray(step["by_level"][name], np.float64) for step in steps], 0)
         line.update({f"{name}_t{i / LEVELS:.1f}-{(i + 1) / LEVELS:.1f}": float(sums[i] / counts[i]) for i in np.flatnonzero(counts)})

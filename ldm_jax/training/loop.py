@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, in_parts, place, replicated, shardings
+from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, check_sequence, in_parts, place, replicated, shardings
 from ldm_jax.parallel.signals import asking, watch_signals
 from ldm_jax.training import health, nonfinite
+from ldm_jax.training.averages import Snapshots, updated
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.logs import Logs, drop_after, progress
 from ldm_jax.training.state import TrainState, new_state
@@ -79,7 +80,8 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: 
         params, others = ({name: changed.get(name, tree) for name, tree in trees.items()} for trees in (params, state.others))
         rate = ema_rate(ema_decay, state.step)
         ema = jax.tree.map(lambda average, p: average + (1 - rate).astype(p.dtype) * (p - average), state.ema, params)
-        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state, others=others)
+        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state, others=others,
+                         powers=updated(state.powers, params, state.step))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         return new, {**metrics, "grad_norm": norm, "block_norms": jnp.sqrt(squares), "finite": finite}
 
@@ -87,11 +89,30 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: 
 
 
 def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
-    """`trees` with those that `values` has a value for in its place, sharded as `abstract` says."""
-    put = lambda spec, value: place(value, spec.sharding)
-    given = {name: jax.tree.map(put, abstract[name], values[name]) for name in trees if name in values}
+    """`trees` with those that `values` has a value for in its place, sharded as `abstract` says. `values` may be a part of it."""
+    def put(spec, value):
+        if isinstance(spec, Mapping):
+            return {name: put(spec[name], value[name]) for name in spec if name in value}
+        return jax.tree.map(lambda s, v: place(v if v.dtype == s.dtype else v.astype(s.dtype), s.sharding), spec, value)
+
+    def merge(tree, value):
+        return {name: merge(a, value[name]) if name in value else a for name, a in tree.items()} if isinstance(tree, Mapping) else value
+
+    given = put(abstract, values)
     # What is donated must be the state's own, and device_put may return an array that shares another's memory.
-    return {**trees, **jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given)}
+    return merge(trees, jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given))
+
+
+def placed_state(start: Callable[[], TrainState], mesh: Mesh, rules: Rules) -> TrainState:
+    """What `start` makes as ShapeDtypeStructs, sharded by the rules.
+
+    Raises:
+      UserError: see `parallel.sharding`; a sequence axis where convolutions are trained.
+    """
+    abstract = jax.eval_shape(start)
+    check_sequence(abstract.params, mesh)
+    check_rules(rules, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings(abstract, mesh, rules))
 
 
 def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, good: Array, asked: Array) -> Any:
@@ -113,6 +134,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
           tx: optax.GradientTransformation, batches: Callable[[int, TrainState], Any], batch_size: int, steps: int, seed: int, mesh: Mesh,
           given: Optional[Callable[[], Mapping[str, PyTree]]] = None, refresh: Optional[Callable] = None, rules: Rules = (),
           ema_decay: float = 0.9999, accumulate: int = 1, log_every: int = 100, save_every: int = 1000, keep: int = 2,
+          keep_every: int = 0, keep_best: str = "", averages: Mapping[str, Any] = {},
           on_save: Optional[Callable[[int, TrainState], None]] = None, config: Optional[Mapping[str, Any]] = None, name: str = "train",
           warn: Callable[[str], None] = print, mark: Callable[[int], None] = lambda step: None) -> TrainState:
     """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
@@ -125,6 +147,9 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
       given: called at the start of a new run for the values of some parameters, by name, in place of what `init` makes of them.
       refresh: see `train_step`.
       batches: (position, state) -> iterator of batches placed by `placer(mesh)`, see `data.pipeline.Batches`.
+      keep, keep_every, keep_best: see `Checkpoints`; the metrics are those of the last line logged, the one that ends at the save.
+      averages: {"stds": relative lengths of the power-function averages to carry, "every": steps between their snapshots}, which go to
+        WORKDIR/averages; none by default.
       on_save: called with (step, state) after every checkpoint, for pictures.
       warn: is told of checkpoints that are passed over. mark: is told of every step that begins, see `parallel.rollcall`.
 
@@ -141,14 +166,15 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
     key_train = place(key_train, replicated(mesh))
 
     def start() -> TrainState:
-        return new_state(init(key_init), trained, tx)
+        return new_state(init(key_init), trained, tx, averages.get("stds", ()))
 
-    abstract = jax.eval_shape(start)
-    check_rules(rules, abstract)
-    placed = shardings(abstract, mesh, rules)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
+    abstract = placed_state(start, mesh, rules)
+    placed = jax.tree.map(lambda a: a.sharding, abstract)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(os.path.join(workdir, "checkpoints"), keep=keep, config=config))
+        checkpoints = stack.enter_context(Checkpoints(os.path.join(workdir, "checkpoints"), keep=keep, keep_every=keep_every,
+                                                      keep_best=keep_best, config=config))
+        snapshots = stack.enter_context(Snapshots(os.path.join(workdir, "averages"), averages.get("stds", ()),
+                                                  every=averages.get("every", 1000), last=steps))
         found = checkpoints.restore(abstract, warn=warn)
         if found:
             _, state, position = found
@@ -158,6 +184,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             state = dataclasses.replace(state, **{part: _placed(getattr(state, part), getattr(abstract, part), values)
                                                   for part in ("params", "ema", "others")})
         step = int(state.step)
+        snapshots.begin(step, state.powers)
         if step >= steps:
             return state
         if writes_files():
@@ -169,14 +196,17 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         ask, good = asking(mesh), jax.jit(lambda: jnp.bool_(True), out_shardings=replicated(mesh))()
         update = compiled_step(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), state, batch, key_train,
                                good, ask(0))  # before the clock and the bar start
+        known = sorted({*jax.tree.unflatten(update.out_tree, range(update.out_tree.num_leaves))[1]} - set(health.NO_NUMBERS))
+        if keep_best and keep_best.removeprefix("+") not in known:
+            raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
         bar = stack.enter_context(progress(steps, step, name))
         seen = stack.enter_context(watch_signals())
-        window, since, blocks = [], time.perf_counter(), health.block_names(state.params)
+        window, since, last_logged, blocks = [], time.perf_counter(), {}, health.block_names(state.params)
         ahead = position["next_index"] - step  # of the steps in the data, should a run have begun elsewhere than at its beginning
 
         def read_window() -> None:
             """Fetch and log the metrics of the steps since the last time; stop where they are not finite."""
-            nonlocal window, since
+            nonlocal window, since, last_logged
             if not window:
                 return
             values = [v for v in jax.device_get(window) if v["finite"]]
@@ -184,6 +214,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 mean = health.summary(values, blocks)
                 mean["images_per_s"] = len(window) * batch_size / (time.perf_counter() - since)
                 logs.scalars(step - len(window) + len(values), mean)
+                last_logged = {name: value for name, value in mean.items() if isinstance(value, float)}
                 bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
             if len(values) < len(window):
                 give_up()
@@ -200,7 +231,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
 
         def save() -> None:
             read_window()
-            checkpoints.save(step, state, data.get_state())
+            snapshots.wait()
+            checkpoints.save(step, state, data.get_state(), metrics=last_logged)
 
         while step < steps:
             mark(step)
@@ -222,7 +254,9 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 if on_save and step < steps:
                     on_save(step, state)
                     since = time.perf_counter()
+            snapshots.offer(step, state.powers)
             if step < steps:
                 batch = next(data)
         checkpoints.wait()
+        snapshots.wait()
         return state
