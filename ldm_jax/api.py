@@ -12,7 +12,7 @@ from ldm_jax.types import UserError
 
 
 def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scale: float = 1.0, step: Optional[int] = None,
-         ema: Any = None, **overrides: Any) -> Pipeline:
+         ema: Any = None, mesh: Any = None, rules: Any = (), **overrides: Any) -> Pipeline:
     """The Pipeline of a run's workdir, with the averaged parameters of its newest good checkpoint; or of a published checkpoint.
 
     Args:
@@ -23,6 +23,8 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
       step: of a run, the checkpoint or snapshot that is taken in place of the newest.
       ema: of a run that kept snapshots, the relative length of the average that is put together from them, such as 0.08, see
         `training.averages`; of an authors' file see `pipelines.load_original`.
+      mesh, rules: a `jax.sharding.Mesh`, or the arguments of `parallel.sharding.make_mesh`, such as {"data": -1} for all devices: what
+        the parameters are placed on, by the rules, and each batch of pictures is split over. One device by default.
       overrides: in place of the run's sampler settings: name, steps, guidance, grid, batch_size, and classifier_dir, the workdir of a
         classifier of noisy images, with classifier_scale.
 
@@ -30,18 +32,25 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
       UserError: when there is no run at `path`, or no checkpoint in it that can be read.
     """
     if lora is not None:
-        return load(path, config, **overrides).with_lora(lora, lora_scale)
+        return load(path, config, step=step, ema=ema, mesh=mesh, rules=rules, **overrides).with_lora(lora, lora_scale)
     from ldm_jax import pipelines
+    from ldm_jax.parallel.sharding import make_mesh, place, sharding_of, shardings
+    mesh = make_mesh(**mesh) if isinstance(mesh, Mapping) else mesh
     if config is not None:
-        return pipelines.load_original(path, config, **overrides, **({} if ema is None else {"ema": ema}))
+        original = pipelines.load_original(path, config, **overrides, **({} if ema is None else {"ema": ema}))
+        if mesh is None:
+            return original
+        placed = jax.tree.map(place, original.params, shardings(original.params, mesh, rules))
+        return dataclasses.replace(original, mesh=mesh, params=placed)
     if pipelines.is_published(path):
         if step is not None or ema is not None:
             raise UserError(f"step and ema choose among what a run kept; {path!r} is a published checkpoint")
-        return pipelines.load_pipeline(path, **overrides)
+        where = {} if mesh is None else {"place": lambda name, shape, dtype: sharding_of(name, shape, mesh, rules)}
+        return dataclasses.replace(pipelines.load_pipeline(path, **where, **overrides), mesh=mesh)
     if os.path.isfile(os.path.expanduser(path)):
         raise UserError(f"{path!r} is a file; say what it holds with config=..., such as config='sd1'; "
                         f"ldm_jax.pipelines.ORIGINALS lists them")
-    config, system, state = _restored(path, step if ema is None else None)
+    config, system, state = _restored(path, step if ema is None else None, mesh, rules)
     if ema is not None:
         state["ema"], _, _ = reconstruct(path, config, state["ema"], std=ema, step=step)
     known = pipeline(system, {**state["ema"], **state["others"]}, config)
@@ -50,12 +59,13 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
     if unknown:
         raise UserError(f"unknown override {unknown[0]!r}; choose from: {', '.join(sorted(defaults))}")
     defaults.update(overrides)
-    classifier = load(defaults["classifier_dir"]) if defaults["classifier_dir"] else None
-    return dataclasses.replace(known, defaults=defaults, classifier=classifier)
+    classifier = load(defaults["classifier_dir"], mesh=mesh) if defaults["classifier_dir"] else None
+    return dataclasses.replace(known, defaults=defaults, classifier=classifier, mesh=mesh)
 
 
-def _restored(path: str, step: Optional[int]) -> Tuple[dict, Any, Dict[str, Any]]:
+def _restored(path: str, step: Optional[int], mesh: Any = None, rules: Any = ()) -> Tuple[dict, Any, Dict[str, Any]]:
     """(config, system, {"ema", "others"}) of the run in `path`."""
+    from ldm_jax.parallel.sharding import shardings
     from ldm_jax.recipe import build_system
     from ldm_jax.training.checkpoint import Checkpoints
     config = read_config(path)
@@ -63,6 +73,8 @@ def _restored(path: str, step: Optional[int]) -> Tuple[dict, Any, Dict[str, Any]
     parameters = jax.eval_shape(system.init, jax.random.key(0))
     wanted = {"ema": {n: t for n, t in parameters.items() if n in system.trained},
               "others": {n: t for n, t in parameters.items() if n not in system.trained}}
+    if mesh is not None:
+        wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, shardings(wanted, mesh, rules))
     directory, found = os.path.join(path, "checkpoints"), None
     if os.path.isdir(directory):
         with Checkpoints(directory, read_only=True) as checkpoints:

@@ -41,8 +41,8 @@ flags.DEFINE_integer("seed", 0, "sample: the seed.", lower_bound=0)
 flags.DEFINE_bool("dry-run", False, "train: print the config, the mesh and what an update would take on each device, and start nothing.")
 flags.DEFINE_integer("devices", None, "--dry-run: as if this machine had so many devices.", lower_bound=1)
 flags.DEFINE_float("device_memory", None, "--dry-run: as if each device had so many GB.", lower_bound=0.0)
-flags.DEFINE_float("process_timeout", 60.0, "Of several processes, one that gives no sign of life for so many seconds is lost, and one that "
-                   "stays behind the others for ten times as many.", lower_bound=3.0)
+flags.DEFINE_float("process_timeout", 60.0, "Of several processes, one that gives no sign of life for so many seconds is lost, and "
+                   "one that stays behind the others for ten times as many.", lower_bound=3.0)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 FLAGS = flags.FLAGS
 MODES = {**dict.fromkeys(("num", "class_id", "prompt", "negative_prompt", "image", "mask", "strength", "seed"), ("sample",)),
@@ -115,12 +115,13 @@ def main(argv):
     config, call = None if FLAGS.config is None else FLAGS.config.to_dict(), None
     try:
         call = processes.join(timeout=FLAGS.process_timeout)
+        marked = {"mark": call.mark} if call else {}
         from ldm_jax import run
         if FLAGS["dry-run"].value:
             from ldm_jax import planning
             print(planning.plan(config, memory_gb=FLAGS.device_memory), flush=True)
         elif FLAGS.mode == "train":
-            run.train(config, FLAGS.workdir, **({"mark": call.mark} if call else {}))
+            run.train(config, FLAGS.workdir, **marked)
         elif FLAGS.mode == "eval":
             run.evaluate(FLAGS.workdir, config, step=FLAGS.step)
         elif FLAGS.mode == "ema":
@@ -133,7 +134,7 @@ def main(argv):
             else:
                 run.sample(pipeline, FLAGS.workdir, num=FLAGS.num, classes=class_ids(FLAGS.class_id), seed=FLAGS.seed,
                            prompts=FLAGS.prompt, negative=FLAGS.negative_prompt, image=FLAGS.image, mask=FLAGS.mask,
-                           strength=FLAGS.strength)
+                           strength=FLAGS.strength, **marked)
         ended = (None, 0)
     except UserError as error:
         ended = (str(error), 2)

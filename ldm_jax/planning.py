@@ -40,7 +40,8 @@ def plan(config: Mapping[str, Any], *, memory_gb: Optional[float] = None) -> str
             short.append(f"{name or 'the run'} needs {_size(total)} on each device, which has {_size(limit)}")
     report = "\n".join(lines)
     if short:
-        raise UserError(f"{report}\n{'; '.join(short)}. Raise mesh.fsdp or train.accumulate, lower train.batch_size, or set the net's remat")
+        raise UserError(f"{report}\n{'; '.join(short)}. Raise mesh.fsdp or train.accumulate, lower train.batch_size, or set the "
+                        f"net's remat")
     return report
 
 
@@ -49,7 +50,7 @@ def figures_of(config: Mapping[str, Any]) -> Dict[str, Any]:
     system, (mesh, rules) = recipe.build_system(config), recipe.build_mesh(config["mesh"])
     tx, section = recipe.build_optimizer(config, system.trained), config["train"]
     size = section["batch_size"]
-    abstract = placed_state(lambda: new_state(system.init(jax.random.key(0)), system.trained, tx), mesh, rules)
+    abstract = placed_state(lambda: new_state(system.init(jax.random.key(0)), system.trained, tx, section["averages"]["stds"]), mesh, rules)
     batch = {name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batch_sharding(mesh, (size, *shape)))
              for name, (shape, dtype) in recipe.batch_fields(config, system).items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -64,9 +65,9 @@ def figures_of(config: Mapping[str, Any]) -> Dict[str, Any]:
         "mesh": dict(mesh.shape),
         "parameters": {**{f"{name}, trained": count(tree) for name, tree in abstract.params.items()},
                        **{f"{name}, held": count(tree) for name, tree in abstract.others.items()}},
-        "bytes": {"parameters": of_mesh((abstract.params, abstract.others)), "average": of_mesh(abstract.ema),
-                  "optimiser": of_mesh(abstract.opt_state), "batch": of_mesh(batch), "of the update itself": memory.temporary + memory.outputs,
-                  "in all": memory.total},
+        "bytes": {"parameters": of_mesh((abstract.params, abstract.others)), "averages": of_mesh((abstract.ema, abstract.powers)),
+                  "optimiser": of_mesh(abstract.opt_state), "batch": of_mesh(batch),
+                  "of the update itself": memory.temporary + memory.outputs, "in all": memory.total},
         "collectives": cost.collectives(compiled.as_text()),
         "flops_per_image": cost.flops(step, abstract, batch, key) / size,
     }
@@ -77,7 +78,8 @@ def table(figures: Mapping[str, Any]) -> List[str]:
     lines = ["  mesh: " + " x ".join(f"{axis}={n}" for axis, n in figures["mesh"].items())]
     lines += [f"  parameters of {name}: {n:,}" for name, n in figures["parameters"].items()]
     lines += [f"  bytes per device, {name}: {_size(n)}" for name, n in figures["bytes"].items()]
-    lines += [f"  {kind} per step: {count:.0f}, {_size(size)} received by each device" for kind, (count, size) in figures["collectives"].items()]
+    lines += [f"  {kind} per step: {count:.0f}, {_size(size)} received by each device"
+              for kind, (count, size) in figures["collectives"].items()]
     if not figures["collectives"]:
         lines.append("  collectives per step: none")
     return lines + [f"  operations per image: {figures['flops_per_image'] / 1e9:,.4g} GFLOP (matrix products and convolutions)"]

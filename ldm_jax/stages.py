@@ -1,5 +1,4 @@
 """What a run starts from: a trained first stage and its latents' statistics, another run, and the cache of latents."""
-import hashlib
 import json
 import os
 import warnings
@@ -7,16 +6,16 @@ from typing import Any, Callable, Dict, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from ldm_jax import api
 from ldm_jax.data.base import Source, spatial
-from ldm_jax.data.latents import open_latents, write_latents
+from ldm_jax.data.latents import open_latents, rows_of, write_latents
+from ldm_jax.parallel.processes import wait_for_all
+from ldm_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.systems.latent import measure
-from ldm_jax.training.checkpoint import Checkpoints, fingerprints
+from ldm_jax.training.checkpoint import Checkpoints, tree_hash
 from ldm_jax.training.logs import progress
-from ldm_jax.parallel.sharding import batch_sharding, replicated
-from ldm_jax.types import PyTree, UserError, to_signed
+from ldm_jax.types import PyTree, UserError, to_host, to_signed
 
 MEASURED = 4096  # pictures that the statistics are taken over
 ENCODED_AT_ONCE = 256
@@ -125,25 +124,28 @@ def _chosen(choice: Any) -> Any:
     return choice and json.loads(json.dumps({"name": choice["name"], **(choice.get(choice["name"]) or {})}))
 
 
-def latent_cache(directory: str, source: Source, autoencoder: Any, params: Mapping[str, PyTree], *, flip: bool, mesh: Mesh,
+def latent_cache(directory: str, source: Source, autoencoder: Any, params: Mapping[str, PyTree], *, flip: bool,
                  say: Callable[[str], None]) -> Source:
     """The latents of `source` as a source of "mean" and "logvar" [h, w, c], float16, and of the source's other fields.
 
     They are computed once and lie in `directory`, stamped with the autoencoder, the statistics and the data. With `flip` the mirror
-    image of example i is example i + size. An autoencoder without spread has no "logvar".
+    image of example i is example i + size. Each process encodes a part of the examples, on its own devices. An autoencoder without
+    spread has no "logvar".
 
     Raises:
       UserError: when `directory` holds the latents of another autoencoder, other statistics or other data.
     """
-    stamp = {"autoencoder": _hash(params["autoencoder"]), "statistics": _hash(params["latent"]),
+    stamp = {"autoencoder": tree_hash(params["autoencoder"]), "statistics": tree_hash(params["latent"]),
              "data": f"{source.name}, {source.size} images" + (" and their mirror images" if flip else "")}
     size = source.size * (1 + flip)
     if not os.path.exists(directory):
         say(f"latents: encoding {source.size} images{' and their mirror images' if flip else ''} to {directory}")
-        sharded = batch_sharding(mesh)
+        mesh = make_mesh(devices=jax.local_devices())
+        sharded, share = batch_sharding(mesh), (jax.process_index(), jax.process_count())
+        first, end = rows_of(share, size)
         encode = jax.jit(lambda params, image: autoencoder.posterior(params, to_signed(image)),
                          in_shardings=(replicated(mesh), sharded), out_shardings=sharded)
-        weights = jax.device_put(params["autoencoder"], replicated(mesh))
+        weights = jax.device_put(to_host(params["autoencoder"]), replicated(mesh))
         count = -(-ENCODED_AT_ONCE // mesh.size) * mesh.size
 
         def read(ids: np.ndarray) -> Dict[str, np.ndarray]:
@@ -155,16 +157,11 @@ def latent_cache(directory: str, source: Source, autoencoder: Any, params: Mappi
             return batch if autoencoder.codes else {**batch, "logvar": np.asarray(logvar, np.float16)}
 
         def batches():
-            with progress(size, 0, "latents") as bar:
-                for start in range(0, size, count):
-                    rows = min(count, size - start)
-                    yield {name: a[:rows] for name, a in read(np.minimum(np.arange(start, start + count), size - 1)).items()}
+            with progress(end - first, 0, "latents") as bar:
+                for start in range(first, end, count):
+                    rows = min(count, end - start)
+                    yield {name: a[:rows] for name, a in read(np.minimum(np.arange(start, start + count), end - 1)).items()}
                     bar.update(rows)
 
-        write_latents(directory, batches(), stamp=stamp, size=size)
+        write_latents(directory, batches(), stamp=stamp, size=size, share=share, wait=wait_for_all)
     return open_latents(directory, stamp=stamp, like=source)
-
-
-def _hash(params: PyTree) -> str:
-    """A short name for the values of a tree of arrays."""
-    return hashlib.sha256(json.dumps(fingerprints(params), sort_keys=True).encode()).hexdigest()[:16]

@@ -52,7 +52,8 @@ def start(other, part, system=SYSTEM, **config):
 
 @pytest.mark.parametrize("part, expected", [
     ("params", lambda: params(1)), ("ema", lambda: {"net": params(2)["net"], "fixed": params(1)["fixed"]}),
-    ("ema/net/b", lambda: {"net": {"b": params(2)["net"]["b"]}}), ("params/net/a/kernel/", lambda: {"net": {"a": {"kernel": params(1)["net"]["a"]["kernel"]}}}),
+    ("ema/net/b", lambda: {"net": {"b": params(2)["net"]["b"]}}),
+    ("params/net/a/kernel/", lambda: {"net": {"a": {"kernel": params(1)["net"]["a"]["kernel"]}}}),
     ("others/fixed", lambda: {"fixed": params(1)["fixed"]}), ("others", lambda: {"fixed": params(1)["fixed"]})])
 def test_parts(other, part, expected):
     equal(start(other, part), expected())

@@ -6,7 +6,7 @@ says what they were made with. A cache is written under a temporary name and app
 import json
 import os
 import shutil
-from typing import Any, Dict, Iterable, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import numpy as np
 
@@ -16,24 +16,37 @@ from ldm_jax.types import UserError
 INDEX = "index.json"
 
 
+def rows_of(share: Tuple[int, int], size: int) -> Tuple[int, int]:
+    """(first, end) of the examples that process i of n writes."""
+    i, n = share
+    return size * i // n, size * (i + 1) // n
+
+
 def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *, stamp: Mapping[str, Any], size: int,
-                  shards: int = 4) -> None:
+                  shards: int = 4, share: Tuple[int, int] = (0, 1), wait: Callable[[str], None] = lambda why: None) -> None:
     """Write examples 0..size-1, given as `batches` of equally named arrays with a leading axis, to a new `directory`.
 
     stamp: JSON values that `open_latents` will compare.
+    share: (i, n): this process gives those of `rows_of`, each of n processes its own, to `shards` files of its own.
+    wait: returns when all of them have called it.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     partial = f"{directory}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    ends = [size * (i + 1) // shards for i in range(shards)]
-    files = [f"latents-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+    (process, processes), (first, end) = share, rows_of(share, size)
+    if process == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+    wait("the directory of latents is new")
+    mine = end - first
+    ends = [mine * (i + 1) // shards for i in range(shards)]
+    names = [f"latents-{i:05d}-of-{shards * processes:05d}.array_record" for i in range(shards * processes)]
+    files = names[process * shards:][:shards]
     writer, shard, done, fields = None, -1, 0, {}
     for batch in batches:
         batch = {name: np.ascontiguousarray(batch[name]) for name in sorted(batch)}
         fields = fields or {name: [str(a.dtype), list(a.shape[1:])] for name, a in batch.items()}
-        for i in range(min(len(next(iter(batch.values()))), size - done)):
+        for i in range(min(len(next(iter(batch.values()))), mine - done)):
             if writer is None or done == ends[shard]:
                 if writer is not None:
                     writer.close()
@@ -42,11 +55,15 @@ def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *
             writer.write(b"".join(a[i].tobytes() for a in batch.values()))
             done += 1
     writer.close()
-    if done != size:
-        raise ValueError(f"{done} examples were given of {size}")
+    if done != mine:
+        raise ValueError(f"{done} examples were given of {mine}")
+    wait("all latents are written")
+    if process:
+        return wait("the latents are there")
     with open(os.path.join(partial, INDEX), "w") as f:
-        json.dump({"stamp": dict(stamp), "size": size, "fields": fields, "files": files}, f, indent=2)
+        json.dump({"stamp": dict(stamp), "size": size, "fields": fields, "files": names}, f, indent=2)
     os.replace(partial, directory)
+    wait("the latents are there")
 
 
 def open_latents(directory: str, *, stamp: Mapping[str, Any], like: Source) -> Source:

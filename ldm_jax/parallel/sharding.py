@@ -82,7 +82,7 @@ def share(mesh: Mesh) -> Tuple[int, int]:
     mine = sorted({s[0].start or 0 for s in batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()})
     if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
         raise UserError(f"the devices of process {jax.process_index()} hold the parts {mine} of {parts} of a batch, which are not "
-                        f"neighbours; choose mesh axes that are factors or multiples of the {jax.local_device_count()} devices of a process")
+                        f"neighbours; choose mesh axes that divide the {jax.local_device_count()} devices of a process, or are multiples")
     return mine[0] // len(mine), parts // len(mine)
 
 
@@ -93,6 +93,8 @@ def place(a: Any, sharding: NamedSharding, first: int = 0, size: Optional[int] =
     if size is None and sharding.is_fully_addressable:
         return jax.device_put(a, sharding)
     a = np.asarray(a)
+    if not a.ndim:
+        return jax.make_array_from_callback((), sharding, lambda index: a)
     size = len(a) if size is None else size
 
     def part(index):
@@ -161,16 +163,20 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
       UserError: for a rule that does not fit what it matches.
     """
     def choose(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, axes in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, _as_told(name, leaf.shape, pattern, tuple(axes or ()), mesh))
-        for pattern, axes in DEFAULT_RULES:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, _where_it_fits(leaf.shape, axes, mesh))
-        return NamedSharding(mesh, _largest_axis(leaf.shape, mesh.shape["fsdp"]))
+        return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh, rules)
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def sharding_of(name: str, shape: Tuple[int, ...], mesh: Mesh, rules: Rules = ()) -> NamedSharding:
+    """That of one array, by its path; see `shardings`."""
+    for pattern, axes in rules:
+        if re.search(pattern, name):
+            return NamedSharding(mesh, _as_told(name, shape, pattern, tuple(axes or ()), mesh))
+    for pattern, axes in DEFAULT_RULES:
+        if re.search(pattern, name):
+            return NamedSharding(mesh, _where_it_fits(shape, axes, mesh))
+    return NamedSharding(mesh, _largest_axis(shape, mesh.shape["fsdp"]))
 
 
 def check_sequence(trained: PyTree, mesh: Mesh) -> None:

@@ -5,6 +5,8 @@ recomputes the fingerprints, so that a flipped bit is found as surely as a missi
 for the newest good one. Nothing is pickled.
 """
 import contextlib
+import hashlib
+import json
 import os
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
@@ -42,6 +44,11 @@ def fingerprints(tree: PyTree) -> Dict[str, int]:
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     return dict(zip(names, map(int, to_host(_fingerprints([x for _, x in flat]))))) if flat else {}
+
+
+def tree_hash(tree: PyTree) -> str:
+    """A short name for the values of a tree of arrays."""
+    return hashlib.sha256(json.dumps(fingerprints(tree), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Checkpoints:

@@ -69,5 +69,5 @@ def _until(lines, step: int) -> Iterator[str]:
 
 def progress(total: int, start: int, what: str) -> tqdm:
     """A bar with steps, time left, and room for the loss and images/s; a line every half minute where there is no terminal."""
-    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr, disable=not writes_files(),
-                mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr,
+                disable=not writes_files(), mininterval=0.5 if sys.stderr.isatty() else 30.0)

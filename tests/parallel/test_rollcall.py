@@ -41,8 +41,8 @@ for step in range(10000):
 
 class Processes:
     def __init__(self, folder, count, **doing):
-        self.all = [subprocess.Popen([sys.executable, "-c", PROCESS, str(i), str(count), str(folder), *([doing[f"p{i}"]] if f"p{i}" in doing else [])],
-                                     cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in range(count)]
+        lines = [[str(i), str(count), str(folder), *filter(None, [doing.get(f"p{i}")])] for i in range(count)]
+        self.all = [subprocess.Popen([sys.executable, "-c", PROCESS, *line], cwd=ROOT, stderr=subprocess.PIPE, text=True) for line in lines]
         while not os.path.exists(folder / "port"):
             time.sleep(0.02)
         time.sleep(1.0)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from ldm_jax import models, process, systems
 from ldm_jax.parallel import sharding
-from ldm_jax.parallel.sharding import batch_sharding, check_rules, make_mesh, place, replicated, share, shardings
+from ldm_jax.parallel.sharding import batch_sharding, check_rules, make_mesh, place, replicated, shardings, share
 from ldm_jax.parallel.signals import asking
 from ldm_jax.training.loop import compiled_step, placed_state, train_step
 from ldm_jax.training.state import new_state

@@ -121,7 +121,8 @@ def run(workdir, steps=24, last=None, **options):
     os.makedirs(workdir, exist_ok=True)
     return train(workdir=str(workdir), init=lambda key: problem()[0], trained=("net",), loss_fn=loss_fn,
                  tx=optax.sgd(0.3, momentum=0.9), batches=lambda start, state: Batches(start, last), batch_size=16, steps=steps, seed=0,
-                 mesh=make_mesh(devices=jax.devices()[:1]), warn=pytest.fail, **{"averages": dict(stds=STDS, every=4), "save_every": 5, "log_every": 5, **options})
+                 mesh=make_mesh(devices=jax.devices()[:1]), warn=pytest.fail,
+                 **{"averages": dict(stds=STDS, every=4), "save_every": 5, "log_every": 5, **options})
 
 
 def on_disk(workdir):

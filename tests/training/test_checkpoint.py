@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax.training.checkpoint import Checkpoints, fingerprint
 from ldm_jax.parallel.sharding import make_mesh, shardings
+from ldm_jax.training.checkpoint import Checkpoints, fingerprint
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 
