@@ -12,6 +12,7 @@ import re
 from typing import Any, Optional, Sequence, Tuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -108,9 +109,14 @@ def placer(mesh: Mesh):
     return lambda a, first, size: place(a, batch_sharding(mesh, (size, *a.shape[1:])), first, size)
 
 
+def in_parts(batch: PyTree, parts: int) -> PyTree:
+    """[n, ...] -> [parts, n / parts, ...]: part p has the examples p, p + parts, ..., so that each is spread over all devices."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a.reshape((a.shape[0] // parts, parts) + a.shape[1:]), 1, 0), batch)
+
+
 def is_key(a: Any) -> bool:
     """Whether `a` is an array of typed keys."""
-    return isinstance(a, jax.Array) and jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key)
+    return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
 
 
 def _largest_axis(shape: Tuple[int, ...], size: int) -> P:

@@ -2,7 +2,7 @@
 import json
 import os
 import sys
-from typing import Iterator, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from tqdm import tqdm
 
@@ -23,12 +23,15 @@ class Logs:
         self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", buffering=1)
         self._events = SummaryWriter(workdir)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """values: name -> number, or -> a mapping of names to numbers, in TensorBoard a group of its own."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            named = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, Mapping) else {name: value}
+            for full, number in named.items():
+                self._events.add_scalar(full, number, step)
 
     def close(self) -> None:
         if self._file is not None:

@@ -51,11 +51,11 @@ def trained(name, axes):
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     batch = {"image": images, "class": np.arange(16, dtype=np.int32) % 4}
     batch = {name: place(a, batch_sharding(mesh, a.shape)) for name, a in batch.items()}
-    key, asked = place(jax.random.key(3), replicated(mesh)), asking(mesh)(0)
-    step = compiled_step(train_step(system.loss_fn, tx, ema_decay=0.9, refresh=system.refresh), state, batch, key, asked)
+    key, good, asked = place(jax.random.key(3), replicated(mesh)), place(np.bool_(True), replicated(mesh)), asking(mesh)(0)
+    step = compiled_step(train_step(system.loss_fn, tx, ema_decay=0.9, refresh=system.refresh), state, batch, key, good, asked)
     losses = []
     for _ in range(3):
-        state, metrics = step(state, batch, key, asked)
+        state, metrics = step(state, batch, key, good, asked)
         losses.append(float(metrics["loss"]))
     leaves = jax.tree.leaves((state.params, state.opt_state))
     held = sum(a.addressable_shards[0].data.nbytes for a in leaves) / sum(a.nbytes for a in leaves)
