@@ -1,4 +1,5 @@
 """A Pipeline makes pictures of a trained system: what a user says, checked and turned into arrays, and one compiled function."""
+import contextlib
 import dataclasses
 import functools
 from typing import Any, Dict, Mapping, Optional, Tuple
@@ -169,11 +170,12 @@ class Pipeline:
             take = np.minimum(np.arange(start, start + size), num - 1)
             *part, changes = self._rows((x_init, keys, cond, guidance, edited), take)
             judged = None if judge is None else (judge[0], *self._rows(judge[1:], take))
-            out = self._sample(self.params, *part, judged, jnp.int32(steps), self._rows(numbers, take),
-                               {**changes, "strength": edit["strength"], "window": edit["window"]},
-                               classify=None if judge is None else classifier.system.classify, sampler=sampler,
-                               static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory,
-                               begun=edit["begun"], decoded=edit["decoded"])
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                out = self._sample(self.params, *part, judged, jnp.int32(steps), self._rows(numbers, take),
+                                   {**changes, "strength": edit["strength"], "window": edit["window"]},
+                                   classify=None if judge is None else classifier.system.classify, sampler=sampler,
+                                   static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory,
+                                   begun=edit["begun"], decoded=edit["decoded"])
             pictures.append(to_host(out))
         if not trajectory:
             return np.concatenate(pictures)[:num]

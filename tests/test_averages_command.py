@@ -17,7 +17,8 @@ from tests.runs import command, environment, main, mains
 pytestmark = pytest.mark.slow
 
 RUN = ("--config=configs/digits.py:smoke", "--config.net.name=dit", "--config.train.averages.stds=0.05,0.1",
-       "--config.train.averages.every=2", "--config.train.save_every=5", "--config.train.log_every=5", "--config.train.keep=1", "--config.train.keep_best=loss")
+       "--config.train.averages.every=2", "--config.train.save_every=5", "--config.train.log_every=5", "--config.train.keep=1",
+       "--config.train.keep_best=loss")
 
 
 def test_killed_resumed_put_together_and_sampled(tmp_path):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ldm_jax.models import layers, quantizer
 from ldm_jax.models.coder import Decoder, Encoder
 from ldm_jax.models.init import fan_avg, initialise, unit
+from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, PyTree, UserError, lookup, normal
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -133,7 +134,7 @@ class Autoencoder:
     def _apply(self, params, x, train, rngs, method):
         if train and self.dropout and "dropout" not in (rngs or {}):
             raise UserError('train=True on a network with dropout needs rngs={"dropout": key}')
-        return self.module.apply({"params": params}, x, train, rngs=rngs, method=method).astype(jnp.float32)
+        return applied(self.module, params, x, train, rngs=rngs, method=method).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

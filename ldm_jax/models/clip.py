@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ldm_jax.models import layers
 from ldm_jax.models.init import initialise, spread
 from ldm_jax.models.layers import LayerNorm, attention, dense, heads_of
+from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": functools.partial(nn.gelu, approximate=False),
@@ -149,7 +150,7 @@ class TextTower:
             raise UserError(f"ids of shape {ids.shape}; this text tower takes [texts, tokens], at most {self.max_length} tokens")
         if mask is not None and mask.shape != ids.shape:
             raise UserError(f"a mask of shape {mask.shape} for ids of shape {ids.shape}; make them equal")
-        return self.module.apply({"params": params}, ids, mask, hidden)
+        return applied(self.module, params, ids, mask, hidden)
 
     def final_norm(self, params: PyTree, x: Array) -> Array:
         """The last norm, of other states: [..., D] -> float32 [..., D]. `final_norm(params, out.hidden[-1])` is `out.last`."""

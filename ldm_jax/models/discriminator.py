@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ldm_jax.models.init import initialise, ones, small, zeros
 from ldm_jax.models.layers import GroupNorm, compute_dtype
+from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
 
@@ -73,7 +74,7 @@ class Discriminator:
 
     def apply(self, params: PyTree, image: Array) -> Array:
         """Images [B, H, W, C] in [-1, 1] -> logits, float32 [B, h, w, 1], large for real ones."""
-        return self.module.apply({"params": params}, image).astype(jnp.float32)
+        return applied(self.module, params, image).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models.init import initialise
+from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, Cond, PyTree, UserError
 
 
@@ -67,7 +68,7 @@ class Net:
         if self.concat_channels and x_t.shape[-1] == C + self.concat_channels and (cond is None or isinstance(cond, Mapping)):
             cond, x_t = {"concat": x_t[..., C:], **(cond or {})}, x_t[..., :C]
         cond = self.conditions(cond, x_t.shape[0])
-        out = self.module.apply({"params": params}, x_t, self.module_time(t), cond, train, rngs=rngs)
+        out = applied(self.module, params, x_t, self.module_time(t), cond, train, rngs=rngs)
         return out.astype(jnp.float32)
 
     def module_time(self, t: Array) -> Array:

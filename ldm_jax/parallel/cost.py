@@ -100,7 +100,7 @@ def collectives(text: str) -> Dict[str, Tuple[float, float]]:
 
 def _computations(text: str) -> Tuple[Dict[str, List[str]], str]:
     bodies, entry, current = {}, "", None
-    for line in text.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         head = re.match(r"(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{\s*$", line)
         if head and not line.startswith(" "):
             current = bodies.setdefault(head.group(2), [])

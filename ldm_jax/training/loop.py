@@ -8,7 +8,6 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -126,8 +125,10 @@ def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, good: A
 
     of = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
     arguments = (state, batch, key, good, asked)
-    return jax.jit(run, donate_argnums=0, in_shardings=tuple(map(of, arguments)),
-                   out_shardings=(of(state), replicated(asked.sharding.mesh))).lower(*arguments).compile()
+    mesh = asked.sharding.mesh
+    with jax.set_mesh(mesh):
+        return jax.jit(run, donate_argnums=0, in_shardings=tuple(map(of, arguments)),
+                       out_shardings=(of(state), replicated(mesh))).lower(*arguments).compile()
 
 
 def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], trained: Sequence[str], loss_fn: LossFn,

@@ -12,8 +12,8 @@ from ldm_jax import process
 from ldm_jax.data import Source, batches
 from ldm_jax.data.base import Field
 from ldm_jax.models import NETS
-from ldm_jax.systems import diffusion
 from ldm_jax.parallel.sharding import batch_sharding, make_mesh, placer, replicated
+from ldm_jax.systems import diffusion
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.loop import train, train_step
 from ldm_jax.training.nonfinite import diagnose, findings, stopped
