@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ldm_jax import models, process, systems
-from ldm_jax.parallel import sharding
+from ldm_jax.parallel import cost, sharding
 from ldm_jax.parallel.sharding import batch_sharding, check_rules, make_mesh, place, replicated, shardings, share
 from ldm_jax.parallel.signals import asking
 from ldm_jax.training.loop import compiled_step, placed_state, train_step
@@ -146,3 +146,19 @@ def test_a_sequence_axis_divides_the_memory_of_the_activations():
         run = jax.jit(jax.grad(loss), in_shardings=(replicated(mesh), batch_sharding(mesh, x.shape), batch_sharding(mesh, t.shape)))
         return run.lower(params, x, t).compile().memory_analysis().temp_size_in_bytes
     assert memory(1, 1, 4) < 0.4 * memory(1)
+
+
+def test_fsdp_sends_weights_and_no_activations():
+    """A scan over blocks included: what is received is the weights twice and their gradients, whatever the batch. Without a word from
+    `models.placing` XLA splits these activations by channels and sums them over all devices."""
+    net = models.NETS["dit"]((8, 8, 3), patch=1, width=64, depth=4, num_heads=4, scan_layers=True)
+    mesh, params = make_mesh(1, 8), jax.eval_shape(net.init, jax.random.key(0))
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, shardings(params, mesh))
+    x = jax.ShapeDtypeStruct((256, 8, 8, 3), jnp.float32, sharding=batch_sharding(mesh))
+    t = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=batch_sharding(mesh))
+    loss = lambda params, x, t: jnp.mean(net.apply(params, x, t) ** 2)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss), out_shardings=jax.tree.map(lambda a: a.sharding, placed)).lower(placed, x, t).compile()
+    received = sum(size for _, size in cost.collectives(program.as_text()).values())
+    weights = sum(4 * a.size for a in jax.tree.leaves(params))
+    assert received < 4.5 * weights < 4 * 256 * 64 * 64 * 4  # of activations, one array for each block would be more
