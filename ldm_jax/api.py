@@ -7,6 +7,7 @@ from typing import Any, Mapping, Optional
 
 import jax
 
+from ldm_jax import paths
 from ldm_jax.sampling import Pipeline
 from ldm_jax.types import UserError
 
@@ -34,7 +35,7 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
         return pipelines.load_original(path, config, **overrides)
     if pipelines.is_published(path):
         return pipelines.load_pipeline(path, **overrides)
-    if os.path.isfile(os.path.expanduser(path)):
+    if paths.isfile(paths.expand(path)):
         raise UserError(f"{path!r} is a file; say what it holds with config=..., such as config='sd1'; "
                         f"ldm_jax.pipelines.ORIGINALS lists them")
     config = read_config(path)
@@ -44,7 +45,7 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
               "others": {n: t for n, t in parameters.items() if n not in system.trained}}
     directory = os.path.join(path, "checkpoints")
     found = None
-    if os.path.isdir(directory):
+    if paths.isdir(directory):
         with Checkpoints(directory, read_only=True) as checkpoints:
             found = checkpoints.restore(wanted, warn=warnings.warn)
     if found is None:
@@ -80,8 +81,7 @@ def read_config(workdir: str) -> dict:
     """
     path = os.path.join(workdir, "config.json")
     try:
-        with open(path) as f:
-            return json.load(f)
+        return json.loads(paths.read_text(path))
     except FileNotFoundError:
         raise UserError(f"{workdir!r} holds no run (no {path}); give the --workdir of a training run") from None
     except (OSError, ValueError) as error:

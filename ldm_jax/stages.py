@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ldm_jax import api
 from ldm_jax.data.base import Source, spatial
-from ldm_jax.data.latents import open_latents, write_latents
+from ldm_jax.data.latents import are_there, open_latents, write_latents
 from ldm_jax.systems.latent import measure
 from ldm_jax.training.checkpoint import fingerprints
 from ldm_jax.training.logs import progress
@@ -82,7 +82,7 @@ def latent_cache(directory: str, source: Source, autoencoder: Any, params: Mappi
     stamp = {"autoencoder": _hash(params["autoencoder"]), "statistics": _hash(params["latent"]),
              "data": f"{source.name}, {source.size} images" + (" and their mirror images" if flip else "")}
     size = source.size * (1 + flip)
-    if not os.path.exists(directory):
+    if not are_there(directory):
         say(f"latents: encoding {source.size} images{' and their mirror images' if flip else ''} to {directory}")
         sharded = batch_sharding(mesh)
         encode = jax.jit(lambda params, image: autoencoder.posterior(params, to_signed(image)),

@@ -5,15 +5,20 @@ says what they were made with. A cache is written under a temporary name and app
 """
 import json
 import os
-import shutil
 from typing import Any, Dict, Iterable, List, Mapping, Tuple
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data.base import Field, Source
 from ldm_jax.types import UserError
 
 INDEX = "index.json"
+
+
+def are_there(directory: str) -> bool:
+    """Whether a cache is there, whole or damaged; what arrived in a bucket before the index does not count."""
+    return paths.exists(os.path.join(directory, INDEX) if paths.is_remote(directory) else directory)
 
 
 def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *, stamp: Mapping[str, Any], size: int,
@@ -22,11 +27,13 @@ def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *
 
     stamp: JSON values that `open_latents` will compare.
     """
+    with paths.new_directory(directory, INDEX) as partial:
+        _write(partial, batches, stamp, size, shards)
+
+
+def _write(partial: str, batches: Iterable[Mapping[str, np.ndarray]], stamp: Mapping[str, Any], size: int, shards: int) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = f"{directory}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
     ends = [size * (i + 1) // shards for i in range(shards)]
     files = [f"latents-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
     writer, shard, done, fields = None, -1, 0, {}
@@ -46,7 +53,6 @@ def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *
         raise ValueError(f"{done} examples were given of {size}")
     with open(os.path.join(partial, INDEX), "w") as f:
         json.dump({"stamp": dict(stamp), "size": size, "fields": fields, "files": files}, f, indent=2)
-    os.replace(partial, directory)
 
 
 def open_latents(directory: str, *, stamp: Mapping[str, Any], like: Source) -> Source:
@@ -58,14 +64,15 @@ def open_latents(directory: str, *, stamp: Mapping[str, Any], like: Source) -> S
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
-        with open(os.path.join(directory, INDEX)) as f:
+        here = paths.local_directory(directory)
+        with open(os.path.join(here, INDEX)) as f:
             index = json.load(f)
         found, size, fields = index["stamp"], index["size"], index["fields"]
-        paths = [os.path.join(directory, name) for name in index["files"]]
-        missing = [path for path in paths if not os.path.exists(path)]
+        files = [os.path.join(here, name) for name in index["files"]]
+        missing = [file for file in files if not os.path.exists(file)]
         if missing:
             raise OSError(f"{missing[0]} is missing")
-        records = ArrayRecordDataSource(paths)
+        records = ArrayRecordDataSource(files)
         if len(records) != size:
             raise OSError(f"{len(records)} records of {size}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from ldm_jax import paths
 from ldm_jax.types import Array, PyTree, UserError
 
 _STATE = "state"
@@ -58,13 +59,16 @@ class Checkpoints:
 
     def __init__(self, directory: str, *, keep: int = 2, config: Optional[Mapping[str, Any]] = None, read_only: bool = False):
         directory = str(directory)
-        self.directory = os.path.abspath(directory) if "://" not in directory else directory
+        remote = paths.is_remote(directory)
+        self.directory = directory if remote else os.path.abspath(directory)
+        if remote:
+            paths.connect(directory)
         self._good = set()  # steps written or verified by this object; another of the same number is damaged and is replaced
         policies = ocp.training.preservation_policies
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory, cleanup_tmp_directories=not read_only, preservation_policy=policies.LatestN(keep),
-                custom_metadata=None if read_only or config is None else {"config": config})
+                custom_metadata=None if read_only or config is None or remote else {"config": config})  # Orbax wants a directory for it
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.directory!r}: {error.strerror or error}; "
                             f"choose another --workdir") from error

@@ -1,28 +1,65 @@
 """A run's numbers as JSON lines and TensorBoard events, and its progress on the screen."""
+import contextlib
 import json
 import os
 import sys
+import tempfile
+import time
 from typing import Iterator, Mapping
 
 from tqdm import tqdm
 
+from ldm_jax import paths
+from ldm_jax.types import UserError
+
+METRICS = "metrics.jsonl"
+UPLOAD_S = 30.0
+
 
 class Logs:
-    """Writes scalars to DIR/metrics.jsonl and DIR/events.out.tfevents.*, appending to what an earlier start of the run wrote."""
+    """Writes scalars to DIR/metrics.jsonl and DIR/events.out.tfevents.*, appending to what an earlier start of the run wrote.
+
+    Objects in a bucket cannot be appended to: there both files grow on this machine, and are copied to DIR every UPLOAD_S seconds, at
+    `flush` and at the end.
+    """
 
     def __init__(self, workdir: str):
         from tensorboardX import SummaryWriter
-        self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", buffering=1)
-        self._events = SummaryWriter(workdir)
+        self._there = workdir if paths.is_remote(workdir) else None
+        self._scratch = tempfile.TemporaryDirectory(prefix="ldm_jax-") if self._there else None
+        self._here, self._copied, self._sizes = self._scratch.name if self._there else workdir, time.monotonic(), {}
+        if self._there:
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(self._here, METRICS), "wb") as f:
+                f.write(paths.read_bytes(os.path.join(workdir, METRICS)))
+        self._file = open(os.path.join(self._here, METRICS), "a", buffering=1)
+        self._events = SummaryWriter(self._here)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._there and time.monotonic() - self._copied > UPLOAD_S:
+            with contextlib.suppress(UserError):  # the next copy has all that this one would have had
+                self.flush()
+
+    def flush(self) -> None:
+        """Bring the files in a bucket up to date, so that they are ahead of a checkpoint that is saved next."""
+        if not self._there:
+            return
+        self._copied = time.monotonic()
+        self._events.flush()
+        for name in sorted(os.listdir(self._here)):
+            size = os.path.getsize(os.path.join(self._here, name))
+            if self._sizes.get(name) != size:
+                paths.upload(os.path.join(self._here, name), os.path.join(self._there, name))
+                self._sizes[name] = size
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        if self._there:
+            with self._scratch:
+                self.flush()
 
     def __enter__(self) -> "Logs":
         return self
@@ -33,15 +70,13 @@ class Logs:
 
 def drop_after(path: str, step: int) -> None:
     """Remove the lines of a metrics.jsonl beyond `step`, which a resumed run will write again; half-written lines go too."""
-    if not os.path.exists(path):
+    try:
+        lines = paths.read_text(path).splitlines(keepends=True)
+    except FileNotFoundError:
         return
-    with open(path) as f:
-        lines = f.readlines()
     kept = list(_until(lines, step))
     if kept != lines:
-        with open(path + ".tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(path + ".tmp", path)
+        paths.write_text(path, "".join(kept))
 
 
 def _until(lines, step: int) -> Iterator[str]:

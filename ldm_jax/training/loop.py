@@ -191,6 +191,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
 
         def save() -> None:
             read_window()
+            logs.flush()
             checkpoints.save(step, state, data.get_state())
 
         while step < steps:
