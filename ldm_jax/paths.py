@@ -46,6 +46,7 @@ def connect(path: str) -> Any:
     Raises:
       UserError: where gcsfs is not installed.
     """
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks another service about each bucket, by gRPC
     try:
         import fsspec
         import gcsfs  # noqa: F401
