@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizers = dict(discriminator=dict(name="adam", learning_rate=2e-4, warmup_steps=0, decay="constant", clip_norm=1.0,
                                                 adam=dict(b1=0.5, b2=0.9)))
     config.train = dict(batch_size=128, steps=50_000, accumulate=1, ema_decay=0.999, log_every=100, save_every=5_000, keep=1)
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(real=1000)
     if variant:
         coder = dict(factor=4, latent_channels=4, width=16, mults=(1, 2, 4), num_res_blocks=1, mid_attention=False)

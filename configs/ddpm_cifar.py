@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = dict(batch_size=128, steps=800_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
     config.sampler = dict(name="ddpm", steps=1000, guidance=1.0, grid="uniform", batch_size=256,
                           ddpm=dict(variance="large"), ddim=dict(eta=0.0))
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":
         config.data = dict(**cifar10_or_shapes(), image_shape=(32, 32, 3), num_classes=None, flip=True)

@@ -29,6 +29,6 @@ def get_config(variant: str = "") -> ConfigDict:
                             adamw=dict(weight_decay=0.0))
     config.train = dict(batch_size=256, steps=400_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
     config.sampler = dict(name="", steps=250, guidance=4.0, grid="", batch_size=16)  # "" is what the checkpoint's scheduler says
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     return config

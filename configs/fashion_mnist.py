@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = dict(batch_size=256, steps=40_000, accumulate=1, ema_decay=0.9995, log_every=100, save_every=5_000, keep=2)
     config.sampler = dict(name="euler", steps=50, guidance=1.5, grid="uniform", batch_size=250,
                           ddim=dict(eta=0.0))
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":
         config.data = dict(name="shapes", shapes=dict(size=32), image_shape=(32, 32, 3), num_classes=10, flip=True)

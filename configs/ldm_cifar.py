@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = dict(batch_size=256, steps=200_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,
                           ddim=dict(eta=0.0), ddpm=dict(variance="small"))
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant:
         config.net.unet.update(width=48, mults=(1, 2), num_res_blocks=1, attention=(4,), dropout=0.0)

@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
                             adamw=dict(weight_decay=0.01))
     config.train = dict(batch_size=16, steps=10_000, accumulate=1, ema_decay=0.9999, log_every=50, save_every=1000, keep=2)
     config.sampler = dict(name="", steps=50, guidance=7.5, grid="", batch_size=4)  # "" is what the checkpoint's scheduler says
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "lora":
         config.lora.rank = 8

@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train = dict(batch_size=32, steps=1200, accumulate=1, ema_decay=0.995, log_every=50, save_every=600, keep=2)
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250, classifier_dir="", classifier_scale=1.0,
                           ddim=dict(eta=0.0), ddpm=dict(variance="small"))
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if smoke:
         config.data.shapes.count = 200

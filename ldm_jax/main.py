@@ -35,6 +35,8 @@ flags.DEFINE_float("lora_scale", 1.0, "sample, export: how strongly the adapters
 flags.DEFINE_bool("merged", False, "export: a run of LoRA adapters as a whole model, not as the adapters alone.")
 flags.DEFINE_string("out", None, "export: the new directory, WORKDIR/exported if not given.")
 flags.DEFINE_integer("seed", 0, "sample: the seed.", lower_bound=0)
+flags.DEFINE_float("process_timeout", 60.0, "Of several processes, one that gives no sign of life for so many seconds is lost, and one that "
+                   "stays behind the others for ten times as many.", lower_bound=3.0)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 FLAGS = flags.FLAGS
 MODES = {**dict.fromkeys(("num", "class_id", "prompt", "negative_prompt", "image", "mask", "strength", "seed"), ("sample",)),
@@ -85,12 +87,14 @@ def main(argv):
     import jax
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/ldm_jax/compiled"))
-    from ldm_jax import run
+    from ldm_jax.parallel import processes
     from ldm_jax.training.loop import Interrupted
-    config = None if FLAGS.config is None else FLAGS.config.to_dict()
+    config, call = None if FLAGS.config is None else FLAGS.config.to_dict(), None
     try:
+        call = processes.join(timeout=FLAGS.process_timeout)
+        from ldm_jax import run
         if FLAGS.mode == "train":
-            run.train(config, FLAGS.workdir)
+            run.train(config, FLAGS.workdir, **({"mark": call.mark} if call else {}))
         elif FLAGS.mode == "eval":
             run.evaluate(FLAGS.workdir, config)
         else:
@@ -102,13 +106,25 @@ def main(argv):
                 run.sample(pipeline, FLAGS.workdir, num=FLAGS.num, classes=class_ids(FLAGS.class_id), seed=FLAGS.seed,
                            prompts=FLAGS.prompt, negative=FLAGS.negative_prompt, image=FLAGS.image, mask=FLAGS.mask,
                            strength=FLAGS.strength)
+        ended = (None, 0)
     except UserError as error:
-        fail(str(error))
+        ended = (str(error), 2)
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        ended = (None, 128 + stop.signum)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint", 130)
+        ended = ("interrupted; the same command goes on from the last checkpoint", 130)
+    except Exception as error:
+        if call is None:
+            raise
+        call.wait_for_verdict()  # most failures of one process are another's end
+        traceback.print_exc()
+        ended = (f"{type(error).__name__}: {error}", 1)
+    if call:
+        call.leave(*ended)
+    if ended[0]:
+        fail(*ended)
+    sys.exit(ended[1])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The modes of the command line as functions of a config and a workdir; a notebook can call them as well."""
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import sys
 import time
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import jax
 import numpy as np
@@ -15,17 +17,26 @@ from ldm_jax.data.pipeline import batches
 from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
 from ldm_jax.training.loop import train as train_loop
-from ldm_jax.training.sharding import batch_sharding, make_mesh
-from ldm_jax.types import UserError, to_signed
+from ldm_jax.parallel.processes import the_first_before, wait_for_all
+from ldm_jax.parallel.sharding import make_mesh, placer, share
+from ldm_jax.types import UserError, to_signed, writes_files
 
 Config = Mapping[str, Any]
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if writes_files():
+        print(text, file=sys.stderr, flush=True)
 
 
-def train(config: Config, workdir: str) -> api.Pipeline:
+def _mesh(config: Config) -> Tuple[Any, Sequence]:
+    """The mesh of a config's `mesh` section, and its rules."""
+    section = dict(config["mesh"])
+    rules = section.pop("rules", ())
+    return make_mesh(**section), rules
+
+
+def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda step: None) -> api.Pipeline:
     """Train what `config` describes in `workdir`, going on from where an earlier call stopped, and leave pictures.
 
     A latent system first trains its first stage in WORKDIR/first_stage, unless that is done or `first_stage_dir` names one.
@@ -40,14 +51,13 @@ def train(config: Config, workdir: str) -> api.Pipeline:
     section = dict(config["train"])
     steps = section.pop("steps")
     tx = recipe.build_optimizer(config, system.trained)
-    mesh = make_mesh(**config["mesh"])
-    source = tokenized(recipe.build_source(config["data"], "train"), system.conditioners)
+    mesh, rules = _mesh(config)
+    source = tokenized(the_first_before(lambda: recipe.build_source(config["data"], "train")), system.conditioners)
     say(f"data: {source.name}, {source.size} images")
     if system.reconstruct is not None:
         say(system.nets["perceptual"].describe() if "perceptual" in system.nets else "perceptual distance: none")
     adopt(workdir, config)  # after all that a mistake in the config can fail in, so that a workdir is not left with it
-    options = dict(batch_size=section["batch_size"], seed=config["seed"], process_index=jax.process_index(),
-                   process_count=jax.process_count())
+    options = dict(batch_size=section["batch_size"], seed=config["seed"], place=placer(mesh), share=share(mesh))
     flip, latents = config["data"]["flip"], config.get("latents") or {"cache": False}
 
     def examples(state):
@@ -60,11 +70,11 @@ def train(config: Config, workdir: str) -> api.Pipeline:
 
     state = train_loop(
         workdir=workdir, init=system.init, trained=system.trained, loss_fn=system.loss_fn, refresh=system.refresh, steps=steps,
-        seed=config["seed"], mesh=mesh, tx=tx, config=config, name=config["system"], warn=say, **section,
-        batches=lambda start, state: batches(**examples(state), sharding=batch_sharding(mesh), start=start, **options),
-        given=lambda: stages.given(config, workdir, source, system, train=train, say=say),
-        on_save=lambda step, state: drawing.draw(_pipeline(system, state, config), source, workdir, f"step_{step:07d}"))
-    pipeline = _pipeline(system, state, config)
+        seed=config["seed"], mesh=mesh, rules=rules, tx=tx, config=config, name=config["system"], warn=say, mark=mark, **section,
+        batches=lambda start, state: batches(**examples(state), start=start, **options),
+        given=lambda: stages.given(config, workdir, source, system, train=functools.partial(train, mark=mark), say=say),
+        on_save=lambda step, state: drawing.draw(_pipeline(system, state, config, mesh), source, workdir, f"step_{step:07d}"))
+    pipeline = _pipeline(system, state, config, mesh)
     for path in drawing.draw(pipeline, source, workdir, None):
         say(f"wrote {path}")
     if system.reconstruct is not None and not paths.exists(os.path.join(workdir, "eval.json")):
@@ -72,8 +82,8 @@ def train(config: Config, workdir: str) -> api.Pipeline:
     return pipeline
 
 
-def _pipeline(system, state, config: Config) -> api.Pipeline:
-    return api.pipeline(system, {**state.ema, **state.others}, config)
+def _pipeline(system, state, config: Config, mesh) -> api.Pipeline:
+    return dataclasses.replace(api.pipeline(system, {**state.ema, **state.others}, config), mesh=mesh)
 
 
 def adopt(workdir: str, config: Config) -> None:
@@ -89,9 +99,12 @@ def adopt(workdir: str, config: Config) -> None:
             raise UserError(f"{workdir!r} holds a run of another config: {'; '.join(differences[:3])}"
                             + (f" and {len(differences) - 3} more" if differences[3:] else "")
                             + "; give a new --workdir, or the settings of that run")
-    with _writing(workdir):
-        paths.makedirs(os.path.join(workdir, "samples"))
-        paths.write_text(path, json.dumps(_plain(config), indent=2, sort_keys=True))
+    wait_for_all("read what is there")
+    if writes_files():
+        with _writing(workdir):
+            paths.makedirs(os.path.join(workdir, "samples"))
+            paths.write_text(path, json.dumps(_plain(config), indent=2, sort_keys=True))
+    wait_for_all("the workdir is this config's")
 
 
 def _begun(workdir: str) -> bool:
@@ -257,6 +270,8 @@ def _measure_first_stage(pipeline: api.Pipeline, source, count: int) -> Dict[str
 
 
 def _report(workdir: str, values: Dict[str, float]) -> Dict[str, float]:
+    if not writes_files():
+        return values
     print(measurements.table(values), flush=True)
     with _writing(workdir):
         paths.write_text(os.path.join(workdir, "eval.json"), json.dumps(values, indent=2))

@@ -6,14 +6,16 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ldm_jax import process
 from ldm_jax.models.lora import Lora
+from ldm_jax.parallel.sharding import batch_parts, batch_sharding, place
 from ldm_jax.published import Published
 from ldm_jax.systems import System
 from ldm_jax.systems.conditioners import class_label, read_masks, read_pictures
 from ldm_jax.systems.conditions import Space
-from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_unit
+from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_host, to_unit
 
 _CAPACITY = 64  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
 
@@ -29,6 +31,7 @@ class Pipeline:
       class_names: names of the classes, where the data has them.
       classifier: a classifier of noisy images that takes part in every picture whose class is asked for, see `sample`.
       published: the published directory that it was loaded from; None for a run.
+      mesh: what the parameters lie on, over which each batch of pictures is split; None for one device.
     """
     system: System
     params: Mapping[str, PyTree]
@@ -36,6 +39,7 @@ class Pipeline:
     class_names: Tuple[str, ...] = ()
     classifier: Optional["Pipeline"] = None
     published: Optional[Published] = None
+    mesh: Optional[Mesh] = None
 
     def __post_init__(self):
         if self.system.sample is not None:
@@ -153,6 +157,8 @@ class Pipeline:
             raise UserError(f"trajectory=True shows pictures, and window={window} ends before there are any")
         keys = fold_in(example_keys(key, num), 1)
         size = min(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or 256))
+        parts = 1 if self.mesh is None else batch_parts(self.mesh)
+        size = -(-size // parts) * parts
         static, numbers = process.samplers.split_options(sampler, options)
         capacity = steps if trajectory else max(_CAPACITY, 1 << (steps - 1).bit_length())
         for name, value in numbers.items():
@@ -161,18 +167,26 @@ class Pipeline:
         pictures = []
         for start in range(0, num, size):
             take = np.minimum(np.arange(start, start + size), num - 1)
-            part = jax.tree.map(lambda a: a[take], (x_init, keys, cond, guidance, edited))
-            judged = None if judge is None else (judge[0], judge[1][take], judge[2][take])
-            *part, changes = part
-            out = self._sample(self.params, *part, judged, jnp.int32(steps), jax.tree.map(lambda a: a[take] if a.ndim else a, numbers),
+            *part, changes = self._rows((x_init, keys, cond, guidance, edited), take)
+            judged = None if judge is None else (judge[0], *self._rows(judge[1:], take))
+            out = self._sample(self.params, *part, judged, jnp.int32(steps), self._rows(numbers, take),
                                {**changes, "strength": edit["strength"], "window": edit["window"]},
                                classify=None if judge is None else classifier.system.classify, sampler=sampler,
                                static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory,
                                begun=edit["begun"], decoded=edit["decoded"])
-            pictures.append(jax.tree.map(np.asarray, out))
+            pictures.append(to_host(out))
         if not trajectory:
             return np.concatenate(pictures)[:num]
         return np.concatenate([end for end, _ in pictures])[:num], np.concatenate([path for _, path in pictures], axis=1)[:, :num]
+
+    def _rows(self, tree: PyTree, take: np.ndarray) -> PyTree:
+        """The rows `take` of every array that has rows, on the mesh."""
+        def rows(a):
+            if not a.ndim:
+                return a
+            return a[take] if self.mesh is None else place(a[take], batch_sharding(self.mesh, (len(take), *a.shape[1:])))
+
+        return jax.tree.map(rows, tree)
 
     def _pictures(self, image: Any, mask: Any, strength: Any, window: Tuple[float, float]):
         """(conditions among the pictures, by name; how the start and the steps are changed)."""

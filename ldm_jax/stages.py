@@ -14,7 +14,7 @@ from ldm_jax.data.latents import are_there, open_latents, write_latents
 from ldm_jax.systems.latent import measure
 from ldm_jax.training.checkpoint import fingerprints
 from ldm_jax.training.logs import progress
-from ldm_jax.training.sharding import batch_sharding, replicated
+from ldm_jax.parallel.sharding import batch_sharding, replicated
 from ldm_jax.types import PyTree, UserError, to_signed
 
 MEASURED = 4096  # pictures that the statistics are taken over

@@ -25,6 +25,7 @@ from typing import Any, Callable, Mapping, Optional, Tuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 PyTree = Any
@@ -87,6 +88,22 @@ def split_prediction(prediction: Any) -> Tuple[Array, Optional[Array]]:
 def join_prediction(x0: Array, frac: Optional[Array]) -> Any:
     """The inverse of `split_prediction`: what a wrapper of a denoiser returns."""
     return x0 if frac is None else (x0, frac)
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """The arrays as numpy, whole, also those that other processes hold parts of; then every process must call it."""
+    def one(a):
+        if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
+            return np.asarray(a)
+        from jax.experimental.multihost_utils import process_allgather
+        return np.asarray(process_allgather(a, tiled=True))
+
+    return jax.tree.map(one, tree)
+
+
+def writes_files() -> bool:
+    """Whether this process writes what all have made: the first does."""
+    return jax.process_index() == 0
 
 
 def to_signed(image: Array) -> Array:

@@ -10,17 +10,17 @@ from tests.conftest import ROOT
 
 PACKAGE = os.path.join(ROOT, "ldm_jax")
 ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own and types
-    "process": set(), "models": set(), "data": set(), "training": set(), "evaluation": set(), "systems": {"process", "models"},
+    "process": set(), "models": set(), "data": set(), "parallel": set(), "training": {"parallel"}, "evaluation": set(), "systems": {"process", "models"},
     "weights": set(),
     "types.py": set(), "paths.py": set(), "recipe.py": {"process", "models", "data", "systems", "training", "weights", "pipelines"},
-    "sampling.py": {"process", "models", "systems", "exporting", "lora", "published"},
-    "api.py": {"sampling", "recipe", "training", "pipelines"},
+    "sampling.py": {"process", "models", "systems", "exporting", "lora", "published", "parallel"},
+    "api.py": {"sampling", "recipe", "training", "parallel", "pipelines"},
     "pipelines": {"process", "models", "data", "systems", "weights", "published", "sampling"},
     "published.py": {"models", "weights"}, "exporting.py": {"models", "published", "weights"},
     "lora.py": {"models", "published", "weights"},
-    "run.py": {"api", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "training"},
+    "run.py": {"api", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "parallel", "training"},
     "drawing.py": {"api", "recipe", "data", "evaluation"},
-    "stages.py": {"api", "data", "systems", "training"}, "main.py": {"run", "training"}, "__init__.py": set(),
+    "stages.py": {"api", "data", "systems", "parallel", "training"}, "main.py": {"run", "parallel", "training"}, "__init__.py": set(),
 }
 FILES = [os.path.relpath(os.path.join(d, f), PACKAGE) for d, _, names in os.walk(PACKAGE) for f in names if f.endswith(".py")]
 

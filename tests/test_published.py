@@ -10,7 +10,7 @@ from PIL import Image
 import ldm_jax
 from ldm_jax import api, run, stages
 from ldm_jax.recipe import build_system
-from ldm_jax.training.sharding import make_mesh
+from ldm_jax.parallel.sharding import make_mesh
 from ldm_jax.types import UserError
 from tests import runs, tiny
 

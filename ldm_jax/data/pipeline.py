@@ -2,13 +2,13 @@
 
 The order is one endless stream of examples: epoch e is a permutation of the whole source drawn from (seed, e), and
 batch k is the examples at positions k B ... (k + 1) B - 1 of that stream, so an epoch need not end with a batch and every
-example comes exactly once per epoch. Process p of P reads the p-th part of B / P examples of each batch. Batch k is
+example comes exactly once per epoch. A process reads the share of each batch that its devices hold. Batch k is
 therefore a function of (seed, k, B) alone: the same examples, in the same order and mirrored alike, on any number of
 processes.
 """
 import atexit
 import weakref
-from typing import Any, Callable, Dict, Iterable, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -78,15 +78,16 @@ def _close_all() -> None:
         it.close()
 
 
-def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[Any] = None, process_index: int = 0,
-            process_count: int = 1, flip: bool = False, start: int = 0, num_workers: int = 0) -> Batches:
+def batches(source: Source, *, batch_size: int, seed: int, place: Optional[Callable[[np.ndarray, int, int], Any]] = None,
+            share: Tuple[int, int] = (0, 1), flip: bool = False, start: int = 0, num_workers: int = 0) -> Batches:
     """Batch start, start + 1, ... of the source, without end.
 
     Args:
       batch_size: B, over all processes. A B greater than the source takes from several epochs.
       seed: 0 .. 2^32 - 1; draws the order of every epoch and the mirroring.
-      sharding: of a batch's leading axis; the arrays come as global jax.Arrays, of which this process gives its part.
-        None: numpy arrays, this process's B / process_count examples only.
+      share: (i, n): this process reads the i-th of n equal parts of each batch.
+      place: (rows first ... of an array, first, B) -> the array of the whole batch on the devices, see `parallel.sharding.place`.
+        None: numpy arrays, this process's B / n examples only.
       flip: mirror each image left to right with probability 1/2, and with it the fields that follow the picture.
       num_workers: processes that decode. 0, decoding in a thread, starts at once and is right for small images; a worker
         takes seconds to start and pays where decoding is the bottleneck.
@@ -94,23 +95,24 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
     Raises:
       UserError: a batch that the processes cannot share equally, a number out of range, or flip where a field would be untrue.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} must be a positive multiple of the number of processes, {process_count}")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index {process_index} must be in 0..{process_count - 1}")
+    index, shares = share
+    if batch_size < 1 or batch_size % shares:
+        raise UserError(f"batch_size {batch_size} must be a positive multiple of {shares}, the shares of the processes")
+    if not 0 <= index < shares:
+        raise UserError(f"share {share} must be (i, n) with 0 <= i < n")
     if not 0 <= seed < 2**32:
         raise UserError(f"data seed {seed} must be in 0..{2**32 - 1}")
     if start < 0:
         raise UserError(f"start {start} must be the index of a batch, 0 or more")
     if source.size < 1:
         raise UserError(f"data source {source.name!r} has no images")
-    share = batch_size // process_count
+    mine = batch_size // shares
     names = spatial(source) if flip else ()
 
     def read(k: int, ids: np.ndarray) -> Mapping[str, np.ndarray]:
         batch = dict(source.read(ids.tolist()))
         if flip:
-            mirrored = np.random.default_rng((seed, k)).random(batch_size)[process_index * share:][:share] < 0.5
+            mirrored = np.random.default_rng((seed, k)).random(batch_size)[index * mine:][:mine] < 0.5
             for name in names:
                 batch[name][mirrored] = batch[name][mirrored, :, ::-1]
         return batch
@@ -118,10 +120,8 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
     def own(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return {name: np.array(a) for name, a in batch.items()}  # out of the memory shared with the worker, which is then freed
 
-    def place(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        import jax
-
-        return {name: jax.make_array_from_process_local_data(sharding, a) for name, a in batch.items()}
+    def placed(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        return {name: place(a, index * mine, batch_size) for name, a in batch.items()}
 
     def make(first: int):
         import grain
@@ -129,7 +129,7 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
         # repeat before batch, so that no example is lost where an epoch ends; cut into shares and then take this process's,
         # so that the shares of one step, laid side by side, are that step's batch of a single process
         order = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
-        parts = order.batch(share, drop_remainder=True)[process_index::process_count].map_with_index(read)
+        parts = order.batch(mine, drop_remainder=True)[index::shares].map_with_index(read)
         stream = parts[first:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
         if num_workers:
             from absl import flags
@@ -137,8 +137,8 @@ def batches(source: Source, *, batch_size: int, seed: int, sharding: Optional[An
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own here, which outside app.run nobody has parsed
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers)).map(own)
-        if sharding is not None:
-            stream = stream.map(place)
+        if place is not None:
+            stream = stream.map(placed)
         return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=PLACED_AHEAD)
 
     return Batches(make, start)

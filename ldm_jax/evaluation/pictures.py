@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ldm_jax import paths
-from ldm_jax.types import UserError
+from ldm_jax.types import UserError, writes_files
 
 _SMALLEST = 48  # pixels; smaller images are enlarged by a whole factor so that they can be looked at
 
@@ -33,7 +33,9 @@ def grid(rows: Sequence[np.ndarray], gap: int = 2) -> Image.Image:
 
 
 def save(path: str, rows: Sequence[np.ndarray], gap: int = 2) -> str:
-    """Write `grid(rows, gap)` to `path` through a temporary name; returns the path."""
+    """Write `grid(rows, gap)` to `path`, which appears whole; returns the path. Of several processes the first writes."""
+    if not writes_files():
+        return path
     file = io.BytesIO()
     grid(rows, gap).save(file, format="png")
     paths.makedirs(os.path.dirname(path) or ".")

@@ -11,11 +11,11 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from ldm_jax import paths
-from ldm_jax.types import Array, PyTree, UserError
+from ldm_jax.types import Array, PyTree, UserError, to_host
 
 _STATE = "state"
 
@@ -42,7 +42,7 @@ def fingerprints(tree: PyTree) -> Dict[str, int]:
     """Array's path -> fingerprint."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    return dict(zip(names, map(int, np.asarray(_fingerprints([x for _, x in flat]))))) if flat else {}
+    return dict(zip(names, map(int, to_host(_fingerprints([x for _, x in flat]))))) if flat else {}
 
 
 class Checkpoints:
@@ -119,7 +119,7 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, abstract: PyTree) -> Tuple[PyTree, Dict[str, int]]:
-        place = SingleDeviceSharding(jax.devices()[0])
+        place = _everywhere() if jax.process_count() > 1 else SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or place), abstract)
         notes = self._checkpointer.checkpointables_metadata(step).custom_metadata
         context = ocp.Context()
@@ -152,6 +152,11 @@ class Checkpoints:
         except Exception:
             if error is None:
                 raise
+
+
+def _everywhere() -> NamedSharding:
+    """Whole on every device of every process."""
+    return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
 
 
 def _reason(error: BaseException) -> str:

@@ -5,12 +5,12 @@ import os
 import sys
 import tempfile
 import time
-from typing import Iterator, Mapping
+from typing import Iterator, Mapping, Optional
 
 from tqdm import tqdm
 
 from ldm_jax import paths
-from ldm_jax.types import UserError
+from ldm_jax.types import UserError, writes_files
 
 METRICS = "metrics.jsonl"
 UPLOAD_S = 30.0
@@ -21,9 +21,14 @@ class Logs:
 
     Objects in a bucket cannot be appended to: there both files grow on this machine, and are copied to DIR every UPLOAD_S seconds, at
     `flush` and at the end.
+
+    workdir None: writes nothing, as all processes of a run do but the first.
     """
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: Optional[str]):
+        if workdir is None:
+            self._file = self._events = self._there = None
+            return
         from tensorboardX import SummaryWriter
         self._there = workdir if paths.is_remote(workdir) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="ldm_jax-") if self._there else None
@@ -35,6 +40,8 @@ class Logs:
         self._events = SummaryWriter(self._here)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -55,6 +62,8 @@ class Logs:
                 self._sizes[name] = size
 
     def close(self) -> None:
+        if self._file is None:
+            return
         self._file.close()
         self._events.close()
         if self._there:
@@ -90,5 +99,5 @@ def _until(lines, step: int) -> Iterator[str]:
 
 def progress(total: int, start: int, what: str) -> tqdm:
     """A bar with steps, time left, and room for the loss and images/s; a line every half minute where there is no terminal."""
-    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr,
+    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr, disable=not writes_files(),
                 mininterval=0.5 if sys.stderr.isatty() else 30.0)

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, place, replicated, shardings
+from ldm_jax.parallel.signals import asking, watch_signals
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.logs import Logs, drop_after, progress
-from ldm_jax.training.sharding import Rules, batch_sharding, replicated, shardings
 from ldm_jax.training.state import TrainState, new_state
-from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_in
+from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_in, writes_files
 
 
 class Interrupted(Exception):
@@ -85,31 +86,25 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: 
 
 def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
     """`trees` with those that `values` has a value for in its place, sharded as `abstract` says."""
-    put = lambda spec, value: jax.device_put(value, spec.sharding)
+    put = lambda spec, value: place(value, spec.sharding)
     given = {name: jax.tree.map(put, abstract[name], values[name]) for name in trees if name in values}
     # What is donated must be the state's own, and device_put may return an array that shares another's memory.
     return {**trees, **jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given)}
 
 
-@contextlib.contextmanager
-def _watch_signals():
-    """Collects SIGINT and SIGTERM in a list instead of dying in the middle of a step; a second one has its usual effect."""
-    seen, before = [], {}
+def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, asked: Array) -> Any:
+    """`step` compiled for a mesh: (state, batch, key, asked) -> (state, metrics), the state's memory being used again.
 
-    def note(signum, frame):
-        seen.append(signum)
-        signal.signal(signum, before[signum])
+    state, batch: arrays, or ShapeDtypeStructs with shardings. asked: see `parallel.signals.asking`; metrics["asked"] is its largest.
+    """
+    def run(state, batch, key, asked):
+        state, metrics = step(state, batch, key)
+        return state, {**metrics, "asked": jnp.max(asked)}
 
-    try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, note)
-    except ValueError:  # not in the main thread (a notebook's worker): signals are not ours to take
-        pass
-    try:
-        yield seen
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    of = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
+    arguments = (state, batch, key, asked)
+    return jax.jit(run, donate_argnums=0, in_shardings=tuple(map(of, arguments)),
+                   out_shardings=(of(state), replicated(asked.sharding.mesh))).lower(*arguments).compile()
 
 
 def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], trained: Sequence[str], loss_fn: LossFn,
@@ -117,7 +112,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
           given: Optional[Callable[[], Mapping[str, PyTree]]] = None, refresh: Optional[Callable] = None, rules: Rules = (),
           ema_decay: float = 0.9999, accumulate: int = 1, log_every: int = 100, save_every: int = 1000, keep: int = 2,
           on_save: Optional[Callable[[int, TrainState], None]] = None, config: Optional[Mapping[str, Any]] = None, name: str = "train",
-          warn: Callable[[str], None] = print) -> TrainState:
+          warn: Callable[[str], None] = print, mark: Callable[[int], None] = lambda step: None) -> TrainState:
     """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
 
     Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for bit, as a run that
@@ -127,23 +122,27 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
       init: key -> parameters by name, of which those in `trained` are trained by gradient.
       given: called at the start of a new run for the values of some parameters, by name, in place of what `init` makes of them.
       refresh: see `train_step`.
-      batches: (position, state) -> iterator of batches sharded by `batch_sharding(mesh)`, with get_state() and close().
+      batches: (position, state) -> iterator of batches placed by `placer(mesh)`, with get_state() and close().
       on_save: called with (step, state) after every checkpoint, for pictures.
-      warn: is told of checkpoints that are passed over.
+      warn: is told of checkpoints that are passed over. mark: is told of every step that begins, see `parallel.rollcall`.
 
     Raises:
       UserError: a loss that is not finite, a checkpoint that cannot be written or read.
-      Interrupted: on SIGINT or SIGTERM, after saving.
+      Interrupted: on SIGINT or SIGTERM, in any of the processes, after saving.
     """
-    if batch_size % accumulate or (batch_size // accumulate) % mesh.size:
-        raise UserError(f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over {mesh.size} device(s)")
+    parts = batch_parts(mesh)
+    if batch_size % accumulate or (batch_size // accumulate) % parts:
+        raise UserError(f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over the {parts} of the mesh's "
+                        f"data x fsdp")
     key = jax.random.key(seed)
     key_init, key_train = jax.random.split(key)
+    key_train = place(key_train, replicated(mesh))
 
     def start() -> TrainState:
         return new_state(init(key_init), trained, tx)
 
     abstract = jax.eval_shape(start)
+    check_rules(rules, abstract)
     placed = shardings(abstract, mesh, rules)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
     with contextlib.ExitStack() as stack:
@@ -159,16 +158,17 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         step = int(state.step)
         if step >= steps:
             return state
-        drop_after(os.path.join(workdir, "metrics.jsonl"), step)
-        logs = stack.enter_context(Logs(workdir))
+        if writes_files():
+            drop_after(os.path.join(workdir, "metrics.jsonl"), step)
+        logs = stack.enter_context(Logs(workdir if writes_files() else None))
         data = batches(position["next_index"], state)
         stack.callback(data.close)
-        update = jax.jit(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), donate_argnums=0,
-                         in_shardings=(placed, batch_sharding(mesh), replicated(mesh)), out_shardings=(placed, replicated(mesh)))
         batch = next(data)
-        update = update.lower(state, batch, key_train).compile()  # before the clock and the bar start
+        ask = asking(mesh)
+        update = compiled_step(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), state, batch, key_train,
+                               ask(0))  # before the clock and the bar start
         bar = stack.enter_context(progress(steps, step, name))
-        seen = stack.enter_context(_watch_signals())
+        seen = stack.enter_context(watch_signals())
         window, since = [], time.perf_counter()
 
         def read_window() -> None:
@@ -183,7 +183,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 raise UserError(f"the loss is not finite at step {start + bad[0]}, the first of {len(bad)} in steps {start} to {step}; "
                                 f"last good checkpoint: {checkpoints.steps[-1:] or 'none'}. Lower the learning rate or clip_norm, "
                                 f"then run again in a new --workdir")
-            mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k != "finite"}
+            mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k not in ("finite", "asked")}
             mean["images_per_s"] = len(values) * batch_size / (time.perf_counter() - since)
             logs.scalars(step, mean)
             bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
@@ -195,17 +195,19 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             checkpoints.save(step, state, data.get_state())
 
         while step < steps:
-            state, metrics = update(state, batch, key_train)
+            mark(step)
+            state, metrics = update(state, batch, key_train, ask(seen[0] if seen else 0))
             step += 1
             bar.update()
             window.append(metrics)
-            jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
+            done = jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
             if step % log_every == 0:
                 read_window()
-            if seen:
+            stop = int(done["asked"]) if jax.process_count() > 1 else seen and seen[0]  # all processes at the same step
+            if stop:
                 save()
                 checkpoints.wait()
-                raise Interrupted(seen[0], step)
+                raise Interrupted(stop, step)
             if step % save_every == 0 or step == steps:
                 save()
                 if on_save and step < steps:

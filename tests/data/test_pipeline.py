@@ -59,7 +59,7 @@ def test_image_and_class_belong_together():
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_shares_laid_side_by_side_are_the_batch_of_one_process(count):
     whole = take(9, flip=True)
-    shares = [take(9, flip=True, process_index=p, process_count=count) for p in range(count)]
+    shares = [take(9, flip=True, share=(p, count)) for p in range(count)]
     joined = [{k: np.concatenate([share[i][k] for share in shares]) for k in whole[i]} for i in range(9)]
     assert same(joined, whole)
     assert all(share[0]["class"].shape == (8 // count,) for share in shares)
@@ -115,7 +115,7 @@ def test_state_restores_on_any_number_of_processes():
         assert same([next(it) for _ in range(3)], whole[6:9]) and it.get_state() == {"next_index": 9}
     shares = []
     for p in range(2):
-        with batches(numbered(23), batch_size=8, seed=0, flip=True, process_index=p, process_count=2) as it:
+        with batches(numbered(23), batch_size=8, seed=0, flip=True, share=(p, 2)) as it:
             it.set_state(state)
             shares.append([next(it) for _ in range(8)])
     assert same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*shares)], whole[6:])
@@ -124,7 +124,7 @@ def test_state_restores_on_any_number_of_processes():
 def test_arrays_arrive_sharded_over_the_devices():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     sharding = NamedSharding(mesh, P("data"))
-    for placed, plain in zip(take(4, sharding=sharding, flip=True), take(4, flip=True)):
+    for placed, plain in zip(take(4, place=lambda a, first, size: jax.device_put(a, sharding), flip=True), take(4, flip=True)):
         for name, a in placed.items():
             assert a.sharding.is_equivalent_to(sharding, a.ndim) and a.shape == plain[name].shape
             assert np.array_equal(np.asarray(a), plain[name])
@@ -152,8 +152,8 @@ def test_closed_is_closed():
 
 @pytest.mark.parametrize("arguments, says", [
     ({"batch_size": 0}, "batch_size 0"),
-    ({"batch_size": 6, "process_count": 4}, "batch_size 6.*processes, 4"),
-    ({"process_index": 2, "process_count": 2}, "process_index 2"),
+    ({"batch_size": 6, "share": (0, 4)}, "batch_size 6.*multiple of 4"),
+    ({"share": (2, 2)}, "share .2, 2."),
     ({"seed": -1}, "seed -1"),
     ({"seed": 2**32}, "seed"),
     ({"start": -1}, "start"),
@@ -171,7 +171,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 from jax.sharding import NamedSharding, PartitionSpec as P
 from ldm_jax.data import SOURCES, batches
 sharding = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
-it = batches(SOURCES["shapes"](count=50), batch_size=8, seed=0, sharding=sharding)
+it = batches(SOURCES["shapes"](count=50), batch_size=8, seed=0, place=lambda a, first, size: jax.device_put(a, sharding))
 next(it)
 """
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from ldm_jax.training.checkpoint import Checkpoints, fingerprint
-from ldm_jax.training.sharding import make_mesh, shardings
+from ldm_jax.parallel.sharding import make_mesh, shardings
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 

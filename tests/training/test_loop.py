@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from ldm_jax.training.loop import ema_rate, train_step
-from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated, shardings
+from ldm_jax.parallel.sharding import batch_sharding, make_mesh, replicated, shardings
 from ldm_jax.training.state import learning_rate, new_state, optimizer
 from ldm_jax.types import UserError, normal
 
