@@ -18,10 +18,13 @@ def emulator(tmp_path_factory):
         port = free.getsockname()[1]
     running = server.create_server("localhost", port, in_memory=True, default_bucket="bucket")
     running.start()
+    quiet = pytest.MonkeyPatch()  # gcsfs hangs up on requests whose answer it needs no more, of which the server would print a traceback
+    quiet.setattr("socketserver.BaseServer.handle_error", lambda *_: None)
     home = tmp_path_factory.mktemp("home")  # copies of what lies in the bucket
     yield {"STORAGE_EMULATOR_HOST": f"http://localhost:{port}", "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}", "HOME": str(home),
            "NO_GCE_CHECK": "true"}
     running.stop()
+    quiet.undo()
 
 
 @pytest.fixture
