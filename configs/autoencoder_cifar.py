@@ -19,6 +19,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "autoencoder"
     config.seed = 0
+    config.init_dir = ""  # the workdir of a run whose parameters are started from
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.data = dict(**source, image_shape=(32, 32, 3), num_classes=10, flip=True, limit=placeholder(int))
     coder = dict(factor=2, width=128, mults=(1, 2), num_res_blocks=2, mid_attention=True, norm_groups=placeholder(int))
     config.autoencoder = dict(name="kl", kl=dict(**coder, latent_channels=4), vq=dict(**coder, latent_channels=4, codes=4096))
@@ -30,7 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
                             muon=dict(adam_ratio=0.05))
     config.optimizers = dict(discriminator=dict(name="adam", learning_rate=2e-4, warmup_steps=0, decay="constant", clip_norm=1.0,
                                                 adam=dict(b1=0.5, b2=0.9)))
-    config.train = dict(batch_size=128, steps=50_000, accumulate=1, ema_decay=0.999, log_every=100, save_every=5_000, keep=1)
+    config.train = dict(batch_size=128, steps=50_000, accumulate=1, ema_decay=0.999, log_every=100, save_every=5_000, keep=1,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(real=1000)
     if variant:

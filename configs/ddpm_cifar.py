@@ -16,6 +16,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "pixel"
     config.seed = 0
+    config.init_dir = ""  # the workdir of a run whose parameters are started from
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="tfds", tfds=dict(name="cifar10", data_dir=placeholder(str)), image_shape=(32, 32, 3), num_classes=None,
                        flip=True)
@@ -28,7 +30,8 @@ def get_config(variant: str = "") -> ConfigDict:
                   norm_groups=placeholder(int)),
         dit=dict(size="S", patch=2, time_shift=1.0))
     config.optimizer = dict(name="adam", learning_rate=2e-4, warmup_steps=5000, decay="constant", clip_norm=1.0)
-    config.train = dict(batch_size=128, steps=800_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
+    config.train = dict(batch_size=128, steps=800_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.sampler = dict(name="ddpm", steps=1000, guidance=1.0, grid="uniform", batch_size=256,
                           ddpm=dict(variance="large"), ddim=dict(eta=0.0))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())

@@ -15,6 +15,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "pixel"
     config.seed = 0
+    config.init_dir = ""  # the workdir of a run whose parameters are started from
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="digits", image_shape=(8, 8, 1), num_classes=10, flip=False)
     config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple",
@@ -25,7 +27,8 @@ def get_config(variant: str = "") -> ConfigDict:
         unet=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), num_heads=4, dropout=0.1, norm_groups=8),
         dit=dict(patch=2, width=128, depth=6, num_heads=4, time_shift=1.0, dropout=0.1))
     config.optimizer = dict(name="adam", learning_rate=2e-3, warmup_steps=100, decay="cosine", clip_norm=1.0)
-    config.train = dict(batch_size=64, steps=900, accumulate=1, ema_decay=0.995, log_every=50, save_every=300, keep=2)
+    config.train = dict(batch_size=64, steps=900, accumulate=1, ema_decay=0.995, log_every=50, save_every=300, keep=2,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,
                           ddim=dict(eta=0.0), ddpm=dict(variance="small"))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())

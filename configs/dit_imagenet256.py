@@ -15,6 +15,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "published"
     config.seed = 0
+    config.init_dir = ""  # the workdir of a run whose parameters are started from
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # the directory of the checkpoint that training starts from
     config.size = placeholder(tuple)  # (height, width) of the pictures that --weights makes, where they are not to have its own size
     config.dtype = "float32"  # of the computation; "bfloat16" on a GPU or TPU
@@ -27,7 +29,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.latents = dict(cache=False, dir="")
     config.optimizer = dict(name="adamw", learning_rate=1e-4, warmup_steps=0, decay="constant", clip_norm=1.0,
                             adamw=dict(weight_decay=0.0))
-    config.train = dict(batch_size=256, steps=400_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
+    config.train = dict(batch_size=256, steps=400_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.sampler = dict(name="", steps=250, guidance=4.0, grid="", batch_size=16)  # "" is what the checkpoint's scheduler says
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)

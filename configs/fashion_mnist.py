@@ -14,6 +14,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "pixel"
     config.seed = 0
+    config.init_dir = ""  # the workdir of a run whose parameters are started from
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="tfds", tfds=dict(name="fashion_mnist", data_dir=placeholder(str)), image_shape=(28, 28, 1), num_classes=10,
                        flip=True)
@@ -26,7 +28,8 @@ def get_config(variant: str = "") -> ConfigDict:
         dit=dict(size="S", patch=2, time_shift=1.0))
     config.optimizer = dict(name="adamw", learning_rate=3e-4, warmup_steps=1000, decay="cosine", clip_norm=1.0,
                             adamw=dict(weight_decay=1e-4))
-    config.train = dict(batch_size=256, steps=40_000, accumulate=1, ema_decay=0.9995, log_every=100, save_every=5_000, keep=2)
+    config.train = dict(batch_size=256, steps=40_000, accumulate=1, ema_decay=0.9995, log_every=100, save_every=5_000, keep=2,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.sampler = dict(name="euler", steps=50, guidance=1.5, grid="uniform", batch_size=250,
                           ddim=dict(eta=0.0))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())

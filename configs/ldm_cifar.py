@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.first_stage = FIRST_STAGE(variant)
     config.first_stage_dir = ""  # the workdir of a finished first stage, to be used in place of training one
     config.init_dir = ""  # the workdir of a run of both stages to go on from: its parameters, in a run of its own
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.latents = dict(cache=True, dir="")  # the first stage's latents on disk, in WORKDIR/latents unless dir names another place
     config.data = config.first_stage.data  # one object: what is set for one stage is set for both
     config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple",
@@ -37,7 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
         dit=dict(size="S", patch=2, time_shift=1.0))
     config.optimizer = dict(name="adamw", learning_rate=2e-4, warmup_steps=1000, decay="constant", clip_norm=1.0,
                             adamw=dict(weight_decay=0.0), muon=dict(adam_ratio=0.05))
-    config.train = dict(batch_size=256, steps=200_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2)
+    config.train = dict(batch_size=256, steps=200_000, accumulate=1, ema_decay=0.9999, log_every=100, save_every=10_000, keep=2,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,
                           ddim=dict(eta=0.0), ddpm=dict(variance="small"))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())

@@ -33,6 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.system = "classifier" if name == "classifier" else "pixel"
     config.seed = 0
+    config.init_dir = ""  # the workdir of a run whose parameters are started from
+    config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     fields = {field: shape for kind in VARIANTS[name] for field, shape in FIELDS.get(kind, {}).items()}
     config.data = dict(name="shapes", shapes=dict(size=16, count=20_000), image_shape=(16, 16, 3), num_classes=10, fields=fields,
@@ -46,7 +48,8 @@ def get_config(variant: str = "") -> ConfigDict:
         dit=dict(patch=2, width=128, depth=4, num_heads=4, time_shift=1.0))
     config.classifier = dict(name="adm", adm=dict(width=32, mults=(1, 2), num_res_blocks=1, attention=(8,), head_width=16))
     config.optimizer = dict(name="adam", learning_rate=1e-3, warmup_steps=100, decay="cosine", clip_norm=1.0)
-    config.train = dict(batch_size=32, steps=1200, accumulate=1, ema_decay=0.995, log_every=50, save_every=600, keep=2)
+    config.train = dict(batch_size=32, steps=1200, accumulate=1, ema_decay=0.995, log_every=50, save_every=600, keep=2,
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250, classifier_dir="", classifier_scale=1.0,
                           ddim=dict(eta=0.0), ddpm=dict(variance="small"))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())

@@ -1,6 +1,6 @@
-"""Train, sample, evaluate or export:
+"""Train, sample, evaluate, export, or put an average of any length together:
 
-    python -m ldm_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|eval|export] [--config.a.b=value]
+    python -m ldm_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train|sample|eval|export|ema] [--config.a.b=value]
 
 Training goes on from the newest checkpoint in the workdir when there is one. Sampling, evaluation and export take what the workdir
 holds; with --config they take its `sampler` and `eval` sections instead. With --weights a published checkpoint is sampled:
@@ -18,7 +18,7 @@ from ldm_jax.types import UserError
 
 config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/digits.py or configs/ldm_cifar.py:smoke.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics, pictures.")
-flags.DEFINE_enum("mode", "train", ["train", "sample", "eval", "export"], "What to do.")
+flags.DEFINE_enum("mode", "train", ["train", "sample", "eval", "export", "ema"], "What to do.")
 flags.DEFINE_integer("num", None, "sample: how many pictures.", lower_bound=1)
 flags.DEFINE_list("class_id", None, "sample: class ids, repeated to as many as --num; all classes in turn if not given.")
 flags.DEFINE_multi_string("prompt", None, "sample: a text; give the flag again for another picture, or --num pictures of one.")
@@ -34,14 +34,21 @@ flags.DEFINE_string("lora", None, "sample, export: a file of LoRA adapters, merg
 flags.DEFINE_float("lora_scale", 1.0, "sample, export: how strongly the adapters act.")
 flags.DEFINE_bool("merged", False, "export: a run of LoRA adapters as a whole model, not as the adapters alone.")
 flags.DEFINE_string("out", None, "export: the new directory, WORKDIR/exported if not given.")
+flags.DEFINE_list("std", None, "ema: relative lengths of averages to put together, such as 0.08 or 0.05,0.12.")
+flags.DEFINE_integer("step", None, "sample, eval, export: of which checkpoint, ema: of which snapshot; the newest if not given.",
+                     lower_bound=1)
 flags.DEFINE_integer("seed", 0, "sample: the seed.", lower_bound=0)
-flags.DEFINE_float("process_timeout", 60.0, "Of several processes, one that gives no sign of life for so many seconds is lost, and one that "
-                   "stays behind the others for ten times as many.", lower_bound=3.0)
+flags.DEFINE_bool("dry-run", False, "train: print the config, the mesh and what an update would take on each device, and start nothing.")
+flags.DEFINE_integer("devices", None, "--dry-run: as if this machine had so many devices.", lower_bound=1)
+flags.DEFINE_float("device_memory", None, "--dry-run: as if each device had so many GB.", lower_bound=0.0)
+flags.DEFINE_float("process_timeout", 60.0, "Of several processes, one that gives no sign of life for so many seconds is lost, and "
+                   "one that stays behind the others for ten times as many.", lower_bound=3.0)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 FLAGS = flags.FLAGS
 MODES = {**dict.fromkeys(("num", "class_id", "prompt", "negative_prompt", "image", "mask", "strength", "seed"), ("sample",)),
          **dict.fromkeys(("weights", "original", "tokenizer", "vae", "lora", "lora_scale"), ("sample", "export")),
-         **dict.fromkeys(("out", "merged"), ("export",))}  # the modes of a flag that not all have
+         **dict.fromkeys(("out", "merged"), ("export",)), "std": ("ema",), "step": ("sample", "eval", "export", "ema"),
+         **dict.fromkeys(("dry-run", "devices", "device_memory"), ("train",))}  # the modes of a flag that not all have
 
 
 def parse(argv):
@@ -73,18 +80,34 @@ def class_ids(texts):
         raise UserError(f"--class_id={','.join(texts)} is not a list of class ids such as 3 or 0,1,2") from None
 
 
+def lengths(texts):
+    """The numbers of --std."""
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise UserError(f"--std={','.join(texts)} is not a list of lengths such as 0.08 or 0.05,0.12") from None
+
+
 def main(argv):
     if argv[1:]:
         fail(f"unexpected argument {argv[1]!r}; settings are given as --config.a.b=value")
-    if not FLAGS.workdir or (FLAGS.mode == "train" and FLAGS.config is None):
+    planned = FLAGS["dry-run"].value
+    if (FLAGS["devices"].present or FLAGS["device_memory"].present) and not planned:
+        fail("--devices and --device_memory are for --dry-run")
+    if not (FLAGS.workdir or planned) or (FLAGS.mode == "train" and FLAGS.config is None):
         fail("give " + ("--config=configs/NAME.py and --workdir=DIR" if FLAGS.mode == "train" else "--workdir=DIR"))
     for name, modes in MODES.items():
         if FLAGS[name].present and FLAGS.mode not in modes:
             instead = "; training starts from a checkpoint with --config.init_from=DIR" if name == "weights" else ""
             fail(f"--{name} is for --mode={' and --mode='.join(modes)}, not for {FLAGS.mode}{instead}")
+    if FLAGS.mode == "ema" and not FLAGS.std:
+        fail("--mode=ema puts averages together; give their relative lengths, such as --std=0.08")
     if not FLAGS.debug:
         logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback for each error that it also raises
     import jax
+    if FLAGS.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/ldm_jax/compiled"))
     from ldm_jax.parallel import processes
@@ -92,20 +115,26 @@ def main(argv):
     config, call = None if FLAGS.config is None else FLAGS.config.to_dict(), None
     try:
         call = processes.join(timeout=FLAGS.process_timeout)
+        marked = {"mark": call.mark} if call else {}
         from ldm_jax import run
-        if FLAGS.mode == "train":
-            run.train(config, FLAGS.workdir, **({"mark": call.mark} if call else {}))
+        if FLAGS["dry-run"].value:
+            from ldm_jax import planning
+            print(planning.plan(config, memory_gb=FLAGS.device_memory), flush=True)
+        elif FLAGS.mode == "train":
+            run.train(config, FLAGS.workdir, **marked)
         elif FLAGS.mode == "eval":
-            run.evaluate(FLAGS.workdir, config)
+            run.evaluate(FLAGS.workdir, config, step=FLAGS.step)
+        elif FLAGS.mode == "ema":
+            run.average(FLAGS.workdir, lengths(FLAGS.std), step=FLAGS.step)
         else:
             pipeline = run.load(FLAGS.workdir, config, weights=FLAGS.weights, original=FLAGS.original, tokenizer=FLAGS.tokenizer,
-                                vae=FLAGS.vae, lora=FLAGS.lora, lora_scale=FLAGS.lora_scale)
+                                vae=FLAGS.vae, lora=FLAGS.lora, lora_scale=FLAGS.lora_scale, step=FLAGS.step)
             if FLAGS.mode == "export":
                 run.export(pipeline, FLAGS.out or os.path.join(FLAGS.workdir, "exported"), merged=FLAGS.merged)
             else:
                 run.sample(pipeline, FLAGS.workdir, num=FLAGS.num, classes=class_ids(FLAGS.class_id), seed=FLAGS.seed,
                            prompts=FLAGS.prompt, negative=FLAGS.negative_prompt, image=FLAGS.image, mask=FLAGS.mask,
-                           strength=FLAGS.strength)
+                           strength=FLAGS.strength, **marked)
         ended = (None, 0)
     except UserError as error:
         ended = (str(error), 2)

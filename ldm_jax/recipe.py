@@ -204,6 +204,30 @@ def build_sampler(section: Mapping[str, Any]) -> process.Sampler:
     return process.samplers.make_sampler(section["name"], **dict(section.get(section["name"]) or {}))
 
 
+def build_mesh(section: Mapping[str, Any]):
+    """(mesh, rules) of a `mesh` section."""
+    from ldm_jax.parallel.sharding import make_mesh
+    axes = dict(section)
+    rules = axes.pop("rules", ())
+    return make_mesh(**axes), rules
+
+
+def batch_fields(config: Mapping[str, Any], system) -> dict:
+    """name -> (shape, dtype) of one example of what the config's run is trained on; it needs no data."""
+    data, cached = config["data"], (config.get("latents") or {}).get("cache")
+    fields = {name: (shape, "float32") for name, shape in _fields(data).items() if name != "text"}
+    if data["num_classes"] is not None:
+        fields["class"] = ((), "int32")
+    for conditioner in system.conditioners.values():
+        if conditioner.tokens is not None:
+            fields.update({name: (a.shape[1:], str(a.dtype)) for name, a in conditioner.tokens([""]).items()})
+    if not cached:
+        return {"image": (tuple(data["image_shape"]), "uint8"), **fields}
+    autoencoder = system.nets["autoencoder"]
+    names = ("mean",) if autoencoder.codes else ("mean", "logvar")
+    return {**{name: (tuple(autoencoder.latent_shape), "float16") for name in names}, **fields}
+
+
 def build_optimizer(config: Mapping[str, Any], trained: Sequence[str]):
     """The optax transformation of a config's `optimizer` section, and of its `optimizers`: net's name -> its own section."""
     from ldm_jax.training.state import by_name, learning_rate, optimizer
@@ -228,8 +252,11 @@ def cifar10_or_shapes() -> dict:
     return dict(name="shapes", shapes=dict(size=32))
 
 
-FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
+FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.keep_best",
+        "train.averages.every", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
         "data.folder.path")
+
+ABSENT = {"init_dir": "", "init_part": "", "train.averages": {"stds": []}}  # what a key means to a run from before there was that key
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE, prefix: str = "") -> list:
@@ -237,9 +264,11 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] 
     its way."""
     out = []
     for key in sorted({*old, *new}):
-        name, a, b = prefix + key, old.get(key), new.get(key)
-        if name.removeprefix("first_stage.") in free:
+        name = prefix + key
+        short = name.removeprefix("first_stage.")
+        if short in free:
             continue
+        a, b = (config.get(key, ABSENT.get(short)) for config in (old, new))
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             out += changed(a, b, free, name + ".")
         elif a != b:

@@ -6,19 +6,19 @@ import json
 import os
 import sys
 import time
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence
 
 import jax
 import numpy as np
 
-from ldm_jax import api, drawing, paths, pipelines, recipe, stages
+from ldm_jax import api, collection, drawing, paths, pipelines, recipe, stages
 from ldm_jax.data.captions import tokenized
 from ldm_jax.data.pipeline import batches
 from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
-from ldm_jax.training.loop import train as train_loop
 from ldm_jax.parallel.processes import the_first_before, wait_for_all
-from ldm_jax.parallel.sharding import make_mesh, placer, share
+from ldm_jax.parallel.sharding import placer, share
+from ldm_jax.training.loop import train as train_loop
 from ldm_jax.types import UserError, to_signed, writes_files
 
 Config = Mapping[str, Any]
@@ -29,18 +29,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _mesh(config: Config) -> Tuple[Any, Sequence]:
-    """The mesh of a config's `mesh` section, and its rules."""
-    section = dict(config["mesh"])
-    rules = section.pop("rules", ())
-    return make_mesh(**section), rules
-
-
 def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda step: None) -> api.Pipeline:
     """Train what `config` describes in `workdir`, going on from where an earlier call stopped, and leave pictures.
 
     A latent system first trains its first stage in WORKDIR/first_stage, unless that is done or `first_stage_dir` names one.
-    `init_dir` names a run of the same system whose parameters are started from.
+    `init_dir` names a run whose parameters, or the part `init_part` of them, are started from, see `stages.given`.
 
     Raises:
       UserError: see `training.loop.train`; a workdir that another config began, or that cannot be written.
@@ -51,7 +44,7 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
     section = dict(config["train"])
     steps = section.pop("steps")
     tx = recipe.build_optimizer(config, system.trained)
-    mesh, rules = _mesh(config)
+    mesh, rules = recipe.build_mesh(config["mesh"])
     source = tokenized(the_first_before(lambda: recipe.build_source(config["data"], "train")), system.conditioners)
     say(f"data: {source.name}, {source.size} images")
     if system.reconstruct is not None:
@@ -65,7 +58,7 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
         if not latents["cache"]:
             return dict(source=source, flip=flip)
         directory = latents["dir"] or os.path.join(workdir, "latents")
-        cache = stages.latent_cache(directory, source, system.nets["autoencoder"], state.others, flip=flip, mesh=mesh, say=say)
+        cache = stages.latent_cache(directory, source, system.nets["autoencoder"], state.others, flip=flip, say=say)
         return dict(source=cache, flip=False)
 
     state = train_loop(
@@ -128,18 +121,23 @@ def _plain(config: Config) -> dict:
 
 
 def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str] = None, original: Optional[str] = None,
-         tokenizer: Optional[str] = None, vae: Optional[str] = None, lora: Optional[str] = None, lora_scale: float = 1.0) -> api.Pipeline:
+         tokenizer: Optional[str] = None, vae: Optional[str] = None, lora: Optional[str] = None, lora_scale: float = 1.0,
+         step: Optional[int] = None) -> api.Pipeline:
     """The Pipeline of the run in `workdir`, or of the published checkpoint `weights`, with what `config` says of sampling.
 
     original, tokenizer, vae: for `weights` that are one file in its authors' layout, see `pipelines.load_original`.
+    step: of the run's checkpoint, the newest by default.
     config: `sampler` in place of the run's settings; of published weights also `size` and `dtype`, and of its `sampler` what is not "".
 
     Raises:
       UserError: see `api.load`.
     """
     adapters = {} if lora is None else {"lora": lora, "lora_scale": lora_scale}
+    adapters.update(_where(config or (api.read_config(workdir) if weights is None else {})))
     if weights is None:
-        return api.load(workdir, **(recipe.sampler_of(config) if config else {}), **adapters)
+        return api.load(workdir, step=step, **(recipe.sampler_of(config) if config else {}), **adapters)
+    if step is not None:
+        raise UserError(f"--step={step} is of a run's checkpoints; --weights has no steps")
     settings = dict((config or {}).get("sampler") or {})
     if original is None and not pipelines.is_published(weights):
         raise UserError(f"--weights={weights!r} holds no published checkpoint (no model_index.json); give its directory, or with "
@@ -149,6 +147,26 @@ def load(workdir: str, config: Optional[Config] = None, *, weights: Optional[str
     how = {key: (config or {}).get(key) for key in ("size", "dtype")}
     chosen = {key: settings[key] for key in ("name", "steps", "guidance", "grid", "batch_size") if settings.get(key)}
     return api.load(weights, **{key: value for key, value in how.items() if value}, **chosen, **adapters)
+
+
+def _where(config: Config) -> Dict[str, Any]:
+    """The mesh to sample on: the config's where that covers the devices that are here, otherwise all of them as `data`; {} for one."""
+    if jax.device_count() == 1:
+        return {}
+    section = config.get("mesh") or {}
+    try:
+        mesh, rules = recipe.build_mesh(section)
+    except UserError:
+        mesh, rules = recipe.build_mesh({})
+    return {"mesh": mesh, "rules": rules}
+
+
+def average(workdir: str, stds: Sequence[float], *, step: Optional[int] = None) -> None:
+    """Put averages of the relative lengths `stds` together from the snapshots in WORKDIR/averages; see `api.write_average`."""
+    for std in stds:
+        with _writing(workdir):
+            directory, at, error = api.write_average(workdir, std, step=step)
+        say(f"wrote {directory}: the average of relative length {std} at step {at}, its profile's relative error {error:.2g}")
 
 
 def export(pipeline: api.Pipeline, directory: str, *, merged: bool = False) -> None:
@@ -169,8 +187,8 @@ def export(pipeline: api.Pipeline, directory: str, *, merged: bool = False) -> N
 
 def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, classes: Optional[Sequence[int]] = None, seed: int = 0,
            prompts: Optional[Sequence[str]] = None, negative: Optional[str] = None, image: Optional[str] = None,
-           mask: Optional[str] = None, strength: Optional[float] = None) -> str:
-    """Draw pictures and write WORKDIR/samples/sampled_*.png; returns the path.
+           mask: Optional[str] = None, strength: Optional[float] = None, mark: Callable[[int], None] = lambda part: None) -> str:
+    """Draw pictures and write WORKDIR/samples/sampled_*.png, or from 1,001 on a directory of arrays, see `collection`; returns the path.
 
     Conditions other than the class and the prompt are those of real examples, of the test split where there is one, and shown above
     the results. Pictures of 128 pixels and more are also written one by one.
@@ -206,6 +224,13 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
     edit = {} if image is None else {"image": pictures.read(image, None if "low_resolution" in system.conditioners else (H, W), C)}
     if mask is not None:
         edit["mask"] = pictures.read(mask, (H, W), 1)[..., 0] > 127
+    if num > collection.PART:
+        directory, start = os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}"), time.perf_counter()
+        with _writing(workdir):
+            new = collection.collect(pipeline, directory, num=num, seed=seed, cond=cond, mark=mark, strength=strength, **edit)
+        seconds = time.perf_counter() - start
+        say(f"wrote {directory}: {new} new pictures of {num} in {seconds:.1f} s, {new / seconds:.1f} images/s, compilation included")
+        return directory
     start = time.perf_counter()
     images = pipeline.sample(seed, num=num, cond=cond or None, strength=strength, **edit)
     seconds = time.perf_counter() - start
@@ -230,10 +255,10 @@ def _unused(path: str) -> str:
     return path
 
 
-def evaluate(workdir: str, config: Optional[Config] = None) -> Dict[str, float]:
+def evaluate(workdir: str, config: Optional[Config] = None, *, step: Optional[int] = None) -> Dict[str, float]:
     """Measure a finished run as its `eval` section says (that of `config` if given); print a table, write WORKDIR/eval.json."""
     config = config or api.read_config(workdir)
-    pipeline, section = api.load(workdir, **recipe.sampler_of(config)), config["eval"]
+    pipeline, section = api.load(workdir, step=step, **_where(config), **recipe.sampler_of(config)), config["eval"]
     train_source, test_source = (recipe.build_source(config["data"], split) for split in ("train", "test"))
     test = test_source.read(range(min(test_source.size, section["real"])))
     if pipeline.system.reconstruct is not None:

@@ -111,8 +111,8 @@ def test_mistakes_are_named(pipeline, mistake, says):
 def test_a_workdir_without_a_run(tmp_path, workdir):
     with pytest.raises(UserError, match="holds no run"):
         ldm_jax.load(str(tmp_path))
-    with pytest.raises(UserError, match="unknown override 'step'"):
-        ldm_jax.load(workdir, step=3)
+    with pytest.raises(UserError, match="unknown override 'stepz'"):
+        ldm_jax.load(workdir, stepz=3)
     with pytest.raises(UserError, match="holds no run"):
         api.read_config(str(tmp_path / "nowhere"))
 

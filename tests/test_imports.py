@@ -10,17 +10,22 @@ from tests.conftest import ROOT
 
 PACKAGE = os.path.join(ROOT, "ldm_jax")
 ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own and types
-    "process": set(), "models": set(), "data": set(), "parallel": set(), "training": {"parallel"}, "evaluation": set(), "systems": {"process", "models"},
+    "process": set(), "models": set(), "data": set(), "parallel": set(), "training": {"parallel"}, "evaluation": set(),
+    "systems": {"process", "models"},
     "weights": set(),
-    "types.py": set(), "paths.py": set(), "recipe.py": {"process", "models", "data", "systems", "training", "weights", "pipelines"},
+    "types.py": set(), "paths.py": set(),
+    "recipe.py": {"process", "models", "data", "systems", "parallel", "training", "weights", "pipelines"},
+    "planning.py": {"recipe", "parallel", "training"},
     "sampling.py": {"process", "models", "systems", "exporting", "lora", "published", "parallel"},
     "api.py": {"sampling", "recipe", "training", "parallel", "pipelines"},
     "pipelines": {"process", "models", "data", "systems", "weights", "published", "sampling"},
     "published.py": {"models", "weights"}, "exporting.py": {"models", "published", "weights"},
     "lora.py": {"models", "published", "weights"},
-    "run.py": {"api", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "parallel", "training"},
+    "collection.py": {"sampling", "evaluation", "parallel", "training"},
+    "run.py": {"api", "collection", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "parallel", "training"},
     "drawing.py": {"api", "recipe", "data", "evaluation"},
-    "stages.py": {"api", "data", "systems", "parallel", "training"}, "main.py": {"run", "parallel", "training"}, "__init__.py": set(),
+    "stages.py": {"api", "data", "systems", "parallel", "training"},
+    "main.py": {"run", "planning", "parallel", "training"}, "__init__.py": set(),
 }
 FILES = [os.path.relpath(os.path.join(d, f), PACKAGE) for d, _, names in os.walk(PACKAGE) for f in names if f.endswith(".py")]
 

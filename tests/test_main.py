@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import ldm_jax
 from ldm_jax.training.checkpoint import Checkpoints
 from tests.conftest import ROOT
 from tests.runs import command, environment, main, mains, smoke
@@ -65,7 +66,8 @@ def test_training_leaves_what_it_promises(finished):
     for name in ("grid", "denoising", "real_and_generated"):
         assert (workdir / "samples" / f"{name}.png").stat().st_size > 500
     lines = [json.loads(line) for line in open(workdir / "metrics.jsonl")]
-    assert lines[-1]["step"] == 20 and {"loss", "grad_norm", "images_per_s"} <= set(lines[-1])
+    assert lines[-1]["step"] == 20 and {"loss", "grad_norm", "images_per_s", "mse_t0.0-0.1"} <= set(lines[-1])
+    assert set(lines[-1]["grad_norms"]) >= {"net/block_0", "net/patch_out"}
     assert "images/s" in result.stderr and "loss" in result.stderr
     assert json.load(open(workdir / "config.json"))["train"]["steps"] == 20
 
@@ -220,7 +222,20 @@ def test_a_damaged_checkpoint(finished, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
+    """A few lines say where and what to do; the state is kept beside the checkpoints, as a run that opens. The second step moves the
+    last layer's weights to 2e37 at most, so that of its 16 normalised inputs' sum the squared error overflows, and nothing before."""
     workdir = tmp_path / "run"
     result = main(*RUN, f"--workdir={workdir}", "--config.optimizer.learning_rate=1e38", "--config.train.save_every=2",
                   "--config.train.log_every=4")
-    refused(result, "not finite at step", "last good checkpoint: ")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    lines = result.stderr.strip().splitlines()
+    said = lines[next(i for i, line in enumerate(lines) if "error: not finite at step 3:" in line):]
+    kept = workdir / "nonfinite_0000003"
+    for text in ("loss of 64 of 64 examples: ids ", "; t 0.", "first: the loss, after the last layer", f"kept: {kept}",
+                 "checkpoints of the run: 2", "lower optimizer.learning_rate", f"init_dir={kept}"):
+        assert text in "\n".join(said), said
+    assert len(said) <= 7 and parameters(workdir)[0] == 2 and parameters(kept)[0] == 2
+    ours, theirs = (parameters(directory)[1] for directory in (workdir, kept))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert ldm_jax.load(str(kept)).system.image_shape == (8, 8, 1)
+    assert [json.loads(line)["step"] for line in open(workdir / "metrics.jsonl")] == [2]

@@ -9,8 +9,8 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax import api, run, stages
-from ldm_jax.recipe import build_system
 from ldm_jax.parallel.sharding import make_mesh
+from ldm_jax.recipe import build_system
 from ldm_jax.types import UserError
 from tests import runs, tiny
 
@@ -131,7 +131,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Training on one device that draws no pictures; other tests look at both."""
-    monkeypatch.setattr(run, "make_mesh", lambda **axes: make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(run.recipe, "build_mesh", lambda section: (make_mesh(devices=jax.devices()[:1]), ()))
     monkeypatch.setattr(run.drawing, "draw", lambda *args: [])
 
 

@@ -3,9 +3,12 @@
 A directory holds latents-00000-of-00004.array_record and so on, and index.json: what the records consist of, and the stamp, which
 says what they were made with. A cache is written under a temporary name and appears whole or not at all.
 """
+import contextlib
 import json
 import os
-from typing import Any, Dict, Iterable, List, Mapping, Tuple
+import shutil
+import tempfile
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import numpy as np
 
@@ -21,38 +24,56 @@ def are_there(directory: str) -> bool:
     return paths.exists(os.path.join(directory, INDEX) if paths.is_remote(directory) else directory)
 
 
+def rows_of(share: Tuple[int, int], size: int) -> Tuple[int, int]:
+    """(first, end) of the examples that process i of n writes."""
+    i, n = share
+    return size * i // n, size * (i + 1) // n
+
+
 def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *, stamp: Mapping[str, Any], size: int,
-                  shards: int = 4) -> None:
+                  shards: int = 4, share: Tuple[int, int] = (0, 1), wait: Callable[[str], None] = lambda why: None) -> None:
     """Write examples 0..size-1, given as `batches` of equally named arrays with a leading axis, to a new `directory`.
 
     stamp: JSON values that `open_latents` will compare.
+    share: (i, n): this process gives those of `rows_of`, each of n processes its own, to `shards` files of its own.
+    wait: returns when all of them have called it.
     """
-    with paths.new_directory(directory, INDEX) as partial:
-        _write(partial, batches, stamp, size, shards)
-
-
-def _write(partial: str, batches: Iterable[Mapping[str, np.ndarray]], stamp: Mapping[str, Any], size: int, shards: int) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    ends = [size * (i + 1) // shards for i in range(shards)]
-    files = [f"latents-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-    writer, shard, done, fields = None, -1, 0, {}
-    for batch in batches:
-        batch = {name: np.ascontiguousarray(batch[name]) for name in sorted(batch)}
-        fields = fields or {name: [str(a.dtype), list(a.shape[1:])] for name, a in batch.items()}
-        for i in range(min(len(next(iter(batch.values()))), size - done)):
-            if writer is None or done == ends[shard]:
-                if writer is not None:
-                    writer.close()
-                shard += 1
-                writer = ArrayRecordWriter(os.path.join(partial, files[shard]), "group_size:1")
-            writer.write(b"".join(a[i].tobytes() for a in batch.values()))
-            done += 1
-    writer.close()
-    if done != size:
-        raise ValueError(f"{done} examples were given of {size}")
-    with open(os.path.join(partial, INDEX), "w") as f:
-        json.dump({"stamp": dict(stamp), "size": size, "fields": fields, "files": files}, f, indent=2)
+    (process, processes), (first, end) = share, rows_of(share, size)
+    names = [f"latents-{i:05d}-of-{shards * processes:05d}.array_record" for i in range(shards * processes)]
+    files, mine = names[process * shards:][:shards], end - first
+    ends = [mine * (i + 1) // shards for i in range(shards)]
+    remote = paths.is_remote(directory)
+    with tempfile.TemporaryDirectory(prefix="ldm_jax-") if remote else contextlib.nullcontext(f"{directory}.partial") as partial:
+        if process == 0 and not remote:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+        wait("the directory of latents is new")
+        writer, shard, done, fields = None, -1, 0, {}
+        for batch in batches:
+            batch = {name: np.ascontiguousarray(batch[name]) for name in sorted(batch)}
+            fields = fields or {name: [str(a.dtype), list(a.shape[1:])] for name, a in batch.items()}
+            for i in range(min(len(next(iter(batch.values()))), mine - done)):
+                if writer is None or done == ends[shard]:
+                    if writer is not None:
+                        writer.close()
+                    shard += 1
+                    writer = ArrayRecordWriter(os.path.join(partial, files[shard]), "group_size:1")
+                writer.write(b"".join(a[i].tobytes() for a in batch.values()))
+                done += 1
+        writer.close()
+        if done != mine:
+            raise ValueError(f"{done} examples were given of {mine}")
+        for file in files if remote else ():
+            paths.upload(os.path.join(partial, file), os.path.join(directory, file))
+        wait("all latents are written")
+        if process == 0:
+            index = json.dumps({"stamp": dict(stamp), "size": size, "fields": fields, "files": names}, indent=2)
+            paths.write_text(os.path.join(directory if remote else partial, INDEX), index)
+            if not remote:
+                os.replace(partial, directory)
+        wait("the latents are there")
 
 
 def open_latents(directory: str, *, stamp: Mapping[str, Any], like: Source) -> Source:

@@ -29,8 +29,8 @@ class Batches:
     read ahead.
     """
 
-    def __init__(self, make: Callable[[int], Iterable[Mapping[str, Any]]], start: int):
-        self._make, self._it, self._next = make, None, start
+    def __init__(self, make: Callable[[int], Iterable[Mapping[str, Any]]], start: int, ids: Callable[[int], np.ndarray]):
+        self._make, self._it, self._next, self._ids = make, None, start, ids
         _OPEN.add(self)
 
     def __iter__(self) -> "Batches":
@@ -53,6 +53,10 @@ class Batches:
         """Go to where get_state() was taken, on any number of processes."""
         self._stop()
         self._next = int(state["next_index"])
+
+    def ids(self, k: int) -> np.ndarray:
+        """Which of the source's examples batch k consists of, int64 [B]: the whole batch, on every process."""
+        return self._ids(k)
 
     def _stop(self) -> None:
         if self._it is not None:
@@ -123,13 +127,21 @@ def batches(source: Source, *, batch_size: int, seed: int, place: Optional[Calla
     def placed(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         return {name: place(a, index * mine, batch_size) for name, a in batch.items()}
 
+    def stream_of_ids():
+        import grain
+
+        return grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
+
+    def ids(k: int) -> np.ndarray:
+        order = stream_of_ids()
+        return np.array([order[i] for i in range(k * batch_size, (k + 1) * batch_size)], np.int64)
+
     def make(first: int):
         import grain
 
         # repeat before batch, so that no example is lost where an epoch ends; cut into shares and then take this process's,
         # so that the shares of one step, laid side by side, are that step's batch of a single process
-        order = grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
-        parts = order.batch(mine, drop_remainder=True)[index::shares].map_with_index(read)
+        parts = stream_of_ids().batch(mine, drop_remainder=True)[index::shares].map_with_index(read)
         stream = parts[first:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
         if num_workers:
             from absl import flags
@@ -141,4 +153,4 @@ def batches(source: Source, *, batch_size: int, seed: int, place: Optional[Calla
             stream = stream.map(placed)
         return grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=PLACED_AHEAD)
 
-    return Batches(make, start)
+    return Batches(make, start, ids)

@@ -98,7 +98,7 @@ class RollCall:
             self._left = True
         for peer in list(self._peers.values()):
             self._send(peer.connection, {"verdict": verdict, "code": code})
-        print(f"error: {verdict}" + ("; process " + str(self.index) + " ends, and the same command goes on from the last checkpoint"
+        print(f"\nerror: {verdict}" + ("; process " + str(self.index) + " ends, and the same command goes on from the last checkpoint"
                                      if code == LOST else ""), file=sys.stderr, flush=True)
         os._exit(code)  # the main thread waits in a collective operation that will never end
 
@@ -137,6 +137,7 @@ class RollCall:
                 if key.fileobj is self._server:
                     connection, _ = self._server.accept()
                     self._peers[connection] = _Peer(connection)
+                    self._tell(connection)
                     selector.register(connection, selectors.EVENT_READ)
                     continue
                 peer = self._peers[key.fileobj]

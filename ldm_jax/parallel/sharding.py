@@ -2,7 +2,7 @@
 
     data       the batch is split over it; parameters are whole on each of its devices
     fsdp       the batch is split over it as well, and so are parameters, their average and the optimiser's moments
-    sequence   the rows of the pictures, and with them a DiT's tokens, are split over it
+    sequence   the rows of the pictures, and with them a DiT's tokens, are split over it; not for networks that train convolutions
     tensor     the channels inside a block: its first matrix by columns, its last by rows
 
 No network knows of it: XLA's partitioner (Xu et al. 2021, GSPMD) carries the split from the arrays that are named here to all others,
@@ -12,6 +12,7 @@ import re
 from typing import Any, Optional, Sequence, Tuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,7 +82,7 @@ def share(mesh: Mesh) -> Tuple[int, int]:
     mine = sorted({s[0].start or 0 for s in batch_sharding(mesh).addressable_devices_indices_map((parts,)).values()})
     if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
         raise UserError(f"the devices of process {jax.process_index()} hold the parts {mine} of {parts} of a batch, which are not "
-                        f"neighbours; choose mesh axes that are factors or multiples of the {jax.local_device_count()} devices of a process")
+                        f"neighbours; choose mesh axes that divide the {jax.local_device_count()} devices of a process, or are multiples")
     return mine[0] // len(mine), parts // len(mine)
 
 
@@ -92,6 +93,8 @@ def place(a: Any, sharding: NamedSharding, first: int = 0, size: Optional[int] =
     if size is None and sharding.is_fully_addressable:
         return jax.device_put(a, sharding)
     a = np.asarray(a)
+    if not a.ndim:
+        return jax.make_array_from_callback((), sharding, lambda index: a)
     size = len(a) if size is None else size
 
     def part(index):
@@ -106,9 +109,14 @@ def placer(mesh: Mesh):
     return lambda a, first, size: place(a, batch_sharding(mesh, (size, *a.shape[1:])), first, size)
 
 
+def in_parts(batch: PyTree, parts: int) -> PyTree:
+    """[n, ...] -> [parts, n / parts, ...]: part p has the examples p, p + parts, ..., so that each is spread over all devices."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a.reshape((a.shape[0] // parts, parts) + a.shape[1:]), 1, 0), batch)
+
+
 def is_key(a: Any) -> bool:
     """Whether `a` is an array of typed keys."""
-    return isinstance(a, jax.Array) and jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key)
+    return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
 
 
 def _largest_axis(shape: Tuple[int, ...], size: int) -> P:
@@ -155,16 +163,30 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
       UserError: for a rule that does not fit what it matches.
     """
     def choose(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, axes in rules:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, _as_told(name, leaf.shape, pattern, tuple(axes or ()), mesh))
-        for pattern, axes in DEFAULT_RULES:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, _where_it_fits(leaf.shape, axes, mesh))
-        return NamedSharding(mesh, _largest_axis(leaf.shape, mesh.shape["fsdp"]))
+        return sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh, rules)
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def sharding_of(name: str, shape: Tuple[int, ...], mesh: Mesh, rules: Rules = ()) -> NamedSharding:
+    """That of one array, by its path; see `shardings`."""
+    for pattern, axes in rules:
+        if re.search(pattern, name):
+            return NamedSharding(mesh, _as_told(name, shape, pattern, tuple(axes or ()), mesh))
+    for pattern, axes in DEFAULT_RULES:
+        if re.search(pattern, name):
+            return NamedSharding(mesh, _where_it_fits(shape, axes, mesh))
+    return NamedSharding(mesh, _largest_axis(shape, mesh.shape["fsdp"]))
+
+
+def check_sequence(trained: PyTree, mesh: Mesh) -> None:
+    """Raises UserError for a sequence axis and kernels of convolutions among the parameters that are trained.
+
+    XLA's partitioner gives wrong gradients for such kernels when pictures are split by rows and kernels by channels.
+    """
+    if mesh.shape["sequence"] > 1 and any(a.ndim == 4 for a in jax.tree.leaves(trained)):
+        raise UserError(f"mesh.sequence={mesh.shape['sequence']} is for networks without convolutions, such as a DiT; use data, fsdp and "
+                        f"tensor for this one")
 
 
 def check_rules(rules: Rules, tree: PyTree) -> None:

@@ -37,7 +37,8 @@ def asking(mesh: Mesh):
     sharding = NamedSharding(mesh, P(mesh.axis_names))
 
     def array(signum: int):
-        return jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.full(len(range(*index[0].indices(mesh.size))), signum, np.int32))
+        every = np.full(mesh.size, signum, np.int32)
+        return jax.make_array_from_callback(every.shape, sharding, lambda index: every[index])
 
     none = array(0)
     return lambda signum: array(signum) if signum else none

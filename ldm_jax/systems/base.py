@@ -22,7 +22,8 @@ class System:
       nets: name -> network, by the name of its parameters.
       trained: the names whose parameters training changes; the others are held fixed.
       init: key -> parameters.
-      loss_fn: (params, batch, key) -> (per-example loss [B], metrics).
+      loss_fn: (params, batch, key) -> (per-example loss [B], metrics); where metrics has the examples' "t" [B], the trainer also logs
+        their "mse", or loss, by noise level.
       image_shape: (H, W, C) of the pictures.
       conditioners: name -> what it can be asked for; {} for an unconditional system.
       num_classes: the classes that it can be asked for, None where there are none.
@@ -102,7 +103,7 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
         predict = prediction(lambda x_t, t: net.apply(params["net"], x_t, t, cond, True, {"dropout": k_net[0]}))
         loss, metrics = process.diffusion_loss(predict, schedule, parameterization, x0, k_process, times=times, weight=weight,
                                                learned_variance=learned_variance)
-        return loss, {name: metrics[name] for name in ("mse", "vlb") if name in metrics}
+        return loss, {name: metrics[name] for name in ("mse", "vlb", "t") if name in metrics}
 
     def prediction(apply):
         return process.parameterizations.preconditioned(apply, schedule) if parameterization == "edm" else apply

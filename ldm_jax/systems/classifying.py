@@ -39,7 +39,7 @@ def classifying(net: Any, *, image_shape: Tuple[int, int, int], schedule: proces
         label = batch["class"][:, None]
         loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), label, -1)[:, 0]
         right, early = (jnp.argmax(logits, -1, keepdims=True) == label)[:, 0].astype(jnp.float32), t < 0.5
-        return correction * loss, {"accuracy": right, "accuracy_early": jnp.sum(right * early) / jnp.maximum(jnp.sum(early), 1)}
+        return correction * loss, {"accuracy": right, "accuracy_early": jnp.sum(right * early) / jnp.maximum(jnp.sum(early), 1), "t": t}
 
     return System(nets={"classifier": net}, trained=("classifier",), loss_fn=loss_fn, image_shape=tuple(image_shape),
                   num_classes=num_classes, init=lambda key: {"classifier": net.init(key)},

@@ -5,6 +5,8 @@ recomputes the fingerprints, so that a flipped bit is found as surely as a missi
 for the newest good one. Nothing is pickled.
 """
 import contextlib
+import hashlib
+import json
 import os
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
@@ -45,29 +47,38 @@ def fingerprints(tree: PyTree) -> Dict[str, int]:
     return dict(zip(names, map(int, to_host(_fingerprints([x for _, x in flat]))))) if flat else {}
 
 
+def tree_hash(tree: PyTree) -> str:
+    """A short name for the values of a tree of arrays."""
+    return hashlib.sha256(json.dumps(fingerprints(tree), sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Checkpoints:
     """The checkpoints of one directory.
 
     Args:
       directory: created when it is missing.
-      keep: how many of the newest steps are kept.
+      keep: how many of the newest steps are kept; all where None.
+      keep_every: steps that this divides are kept as well; 0 for none.
+      keep_best: the name of a metric, of which the step with the lowest value is kept as well, or with a leading "+" the highest;
+        "" for none. A step that was saved without it is not kept for it.
       read_only: open what is there; nothing is created, cleaned or written.
 
     Raises:
-      UserError: when the directory cannot be written.
+      UserError: when the directory cannot be written, or for numbers of steps that cannot be.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2, config: Optional[Mapping[str, Any]] = None, read_only: bool = False):
+    def __init__(self, directory: str, *, keep: Optional[int] = 2, keep_every: int = 0, keep_best: str = "",
+                 config: Optional[Mapping[str, Any]] = None, read_only: bool = False):
         directory = str(directory)
         remote = paths.is_remote(directory)
         self.directory = directory if remote else os.path.abspath(directory)
         if remote:
             paths.connect(directory)
         self._good = set()  # steps written or verified by this object; another of the same number is damaged and is replaced
-        policies = ocp.training.preservation_policies
+        policy = _kept(keep, keep_every, keep_best)
         try:
             self._checkpointer = ocp.training.Checkpointer(
-                self.directory, cleanup_tmp_directories=not read_only, preservation_policy=policies.LatestN(keep),
+                self.directory, cleanup_tmp_directories=not read_only, preservation_policy=policy,
                 custom_metadata=None if read_only or config is None or remote else {"config": config})  # Orbax wants a directory for it
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.directory!r}: {error.strerror or error}; "
@@ -94,22 +105,40 @@ class Checkpoints:
         with self._failures(None):
             self._checkpointer.wait()
 
-    def restore(self, abstract: PyTree, *, warn: Callable[[str], None]) -> Optional[Tuple[int, PyTree, Dict[str, int]]]:
-        """The newest good checkpoint as (step, state, data position); None where there is none.
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for later in self.steps:
+            if later > step:
+                self._checkpointer.delete(later)
+
+    def saved(self) -> Optional[PyTree]:
+        """What the newest checkpoint that says so holds, as nested dicts of ShapeDtypeStructs; None where none does."""
+        for step in self.steps[::-1]:
+            with contextlib.suppress(Exception):  # as in `restore`
+                tree = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+                return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+        return None
+
+    def restore(self, abstract: PyTree, *, warn: Callable[[str], None],
+                step: Optional[int] = None) -> Optional[Tuple[int, PyTree, Dict[str, int]]]:
+        """The newest good checkpoint as (step, state, data position), or that of `step`; None where there is none.
 
         Args:
           abstract: ShapeDtypeStructs, with shardings or without (then on the first device). May hold a part of what was saved.
           warn: is told, in a line, of every checkpoint that was passed over.
 
         Raises:
-          UserError: when checkpoints exist and none can be read.
+          UserError: when checkpoints exist and none can be read, or there is none of `step`.
         """
         steps = self.steps[::-1]
+        if step is not None and step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are: {steps[::-1] or 'none'}")
+        steps = steps if step is None else [step]
         for step in steps:
             try:
-                state, data = self._load(step, abstract)
+                state, data = self.load(step, abstract)
             except Exception as error:  # Orbax, tensorstore and JSON each raise their own for a damaged file
-                warn(f"checkpoint {step} in {self.directory} is damaged or does not fit ({_reason(error)}); trying the one before")
+                warn(f"checkpoint {step} in {self.directory} is damaged or does not fit ({reason_of(error)}); trying the one before")
                 continue
             self._good.add(step)
             return step, state, data
@@ -118,7 +147,8 @@ class Checkpoints:
                             f"restore one from a copy, or start again in another --workdir")
         return None
 
-    def _load(self, step: int, abstract: PyTree) -> Tuple[PyTree, Dict[str, int]]:
+    def load(self, step: int, abstract: PyTree) -> Tuple[PyTree, Dict[str, int]]:
+        """(state, data position) of one step, verified. A damaged one raises whatever its reader does, or ValueError."""
         place = _everywhere() if jax.process_count() > 1 else SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or place), abstract)
         notes = self._checkpointer.checkpointables_metadata(step).custom_metadata
@@ -137,7 +167,7 @@ class Checkpoints:
             yield
         except Exception as error:  # a full disk reaches us as one of several exceptions, from a thread of Orbax's
             what = "the last checkpoint" if step is None else f"the checkpoint of step {step}"
-            raise UserError(f"{what} could not be written to {self.directory} ({_reason(error)}); complete: {self.steps or 'none'}. "
+            raise UserError(f"{what} could not be written to {self.directory} ({reason_of(error)}); complete: {self.steps or 'none'}. "
                             f"Free some space or mend the permissions, then run the same command to go on") from error
 
     def close(self) -> None:
@@ -154,12 +184,31 @@ class Checkpoints:
                 raise
 
 
+def _kept(keep: Optional[int], keep_every: int, keep_best: str) -> Any:
+    """The policy of what stays: the newest, and those that a number divides, and the best by a metric."""
+    if (keep is not None and keep < 1) or keep_every < 0:
+        raise UserError(f"keep={keep}, keep_every={keep_every}: give keep of at least 1, and keep_every of at least 0 (0 for none)")
+    policies = ocp.training.preservation_policies
+    chosen = [policies.LatestN(keep)]
+    if keep_every:
+        chosen.append(policies.EveryNSteps(keep_every))
+    if keep_best:
+        name, sign = keep_best.removeprefix("+"), 1.0 if keep_best.startswith("+") else -1.0
+
+        def goodness(metrics: Mapping[str, float]) -> float:
+            value = sign * metrics.get(name, np.nan)
+            return -np.inf if np.isnan(value) else value
+
+        chosen.append(policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False))
+    return policies.AnyPreservationPolicy(chosen)
+
+
 def _everywhere() -> NamedSharding:
     """Whole on every device of every process."""
     return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of the deepest cause, which is where Orbax keeps the useful one."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import time
-from typing import Iterator, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 from tqdm import tqdm
 
@@ -39,12 +39,15 @@ class Logs:
         self._file = open(os.path.join(self._here, METRICS), "a", buffering=1)
         self._events = SummaryWriter(self._here)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """values: name -> number, or -> a mapping of names to numbers, in TensorBoard a group of its own."""
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            named = {f"{name}/{part}": number for part, number in value.items()} if isinstance(value, Mapping) else {name: value}
+            for full, number in named.items():
+                self._events.add_scalar(full, number, step)
         if self._there and time.monotonic() - self._copied > UPLOAD_S:
             with contextlib.suppress(UserError):  # the next copy has all that this one would have had
                 self.flush()
@@ -99,5 +102,5 @@ def _until(lines, step: int) -> Iterator[str]:
 
 def progress(total: int, start: int, what: str) -> tqdm:
     """A bar with steps, time left, and room for the loss and images/s; a line every half minute where there is no terminal."""
-    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr, disable=not writes_files(),
-                mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    return tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, smoothing=0.05, file=sys.stderr,
+                disable=not writes_files(), mininterval=0.5 if sys.stderr.isatty() else 30.0)

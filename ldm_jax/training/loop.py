@@ -12,8 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, place, replicated, shardings
+from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, check_sequence, in_parts, place, replicated, shardings
 from ldm_jax.parallel.signals import asking, watch_signals
+from ldm_jax.training import health, nonfinite
+from ldm_jax.training.averages import Snapshots, updated
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.logs import Logs, drop_after, progress
 from ldm_jax.training.state import TrainState, new_state
@@ -35,31 +37,31 @@ def ema_rate(decay: float, step: Array) -> Array:
 
 def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: float, accumulate: int = 1,
                refresh: Optional[Callable] = None) -> Callable:
-    """(state, batch, key) -> (state, metrics): one update.
+    """(state, batch, key, good) -> (state, metrics): one update.
 
     The gradient is that of the mean of the per-example losses, taken in `accumulate` parts whose noise is the same as in one
-    part. A step whose loss or gradient is not finite leaves the state as it was, and says so in metrics["finite"].
+    part. A step whose loss or gradient is not finite leaves the state as it was, its `step` too, and says so in metrics["finite"]. So
+    does every step after it that is given that flag: the fourth argument, `good`, is the one of the step before, true at first.
+    The loop may then learn of the first bad step when others have been started, and the state is still that of before it.
 
     refresh: (all parameters, notes) -> those of them that change without a gradient, after the optimiser; notes is what loss_fn
       left in metrics["notes"], of the last part where there are several.
     """
     def mean_loss(params, others, batch, keys):
-        loss, metrics = loss_fn({**others, **params}, batch, keys)
-        metrics = dict(metrics)
-        notes = metrics.pop("notes", ())
-        return jnp.mean(loss), (jax.tree.map(jnp.mean, metrics), notes)
+        metrics, notes = health.split_metrics(*loss_fn({**others, **params}, batch, keys))
+        return metrics["loss"], (metrics, notes)
 
     def gradient(params, others, batch, keys):
-        (loss, (metrics, notes)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, others, batch, keys)
-        return (grads, {**metrics, "loss": loss}), notes
+        (_, (metrics, notes)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, others, batch, keys)
+        return (grads, metrics), notes
 
-    def step(state: TrainState, batch: PyTree, key: Array):
+    def step(state: TrainState, batch: PyTree, key: Array, good: Any = True):
         n = jax.tree.leaves(batch)[0].shape[0]
         keys = example_keys(fold_in(key, state.step), n)
         if accumulate == 1:
             (grads, metrics), notes = gradient(state.params, state.others, batch, keys)
         else:
-            parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape((n // accumulate, accumulate) + a.shape[1:]), 1, 0), (batch, keys))
+            parts = in_parts((batch, keys), accumulate)
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
                 gradient, state.params, state.others, *jax.tree.map(lambda a: a[0], parts)))
 
@@ -69,40 +71,61 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: 
 
             (total, notes), _ = jax.lax.scan(add, zeros, parts)
             grads, metrics = jax.tree.map(lambda a: a / accumulate, total)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        squares = health.block_squares(grads)
+        norm = jnp.sqrt(jnp.sum(squares))
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & good
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = dict(refresh({**state.others, **params}, notes)) if refresh else {}
         params, others = ({name: changed.get(name, tree) for name, tree in trees.items()} for trees in (params, state.others))
         rate = ema_rate(ema_decay, state.step)
         ema = jax.tree.map(lambda average, p: average + (1 - rate).astype(p.dtype) * (p - average), state.ema, params)
-        new = TrainState(step=state.step, params=params, ema=ema, opt_state=opt_state, others=others)
+        new = TrainState(step=state.step + 1, params=params, ema=ema, opt_state=opt_state, others=others,
+                         powers=updated(state.powers, params, state.step))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        return dataclasses.replace(new, step=state.step + 1), {**metrics, "grad_norm": norm, "finite": finite}
+        return new, {**metrics, "grad_norm": norm, "block_norms": jnp.sqrt(squares), "finite": finite}
 
     return step
 
 
 def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
-    """`trees` with those that `values` has a value for in its place, sharded as `abstract` says."""
-    put = lambda spec, value: place(value, spec.sharding)
-    given = {name: jax.tree.map(put, abstract[name], values[name]) for name in trees if name in values}
+    """`trees` with those that `values` has a value for in its place, sharded as `abstract` says. `values` may be a part of it."""
+    def put(spec, value):
+        if isinstance(spec, Mapping):
+            return {name: put(spec[name], value[name]) for name in spec if name in value}
+        return jax.tree.map(lambda s, v: place(v if v.dtype == s.dtype else v.astype(s.dtype), s.sharding), spec, value)
+
+    def merge(tree, value):
+        return {name: merge(a, value[name]) if name in value else a for name, a in tree.items()} if isinstance(tree, Mapping) else value
+
+    given = put(abstract, values)
     # What is donated must be the state's own, and device_put may return an array that shares another's memory.
-    return {**trees, **jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given)}
+    return merge(trees, jax.jit(lambda given: jax.tree.map(jnp.copy, given))(given))
 
 
-def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, asked: Array) -> Any:
-    """`step` compiled for a mesh: (state, batch, key, asked) -> (state, metrics), the state's memory being used again.
+def placed_state(start: Callable[[], TrainState], mesh: Mesh, rules: Rules) -> TrainState:
+    """What `start` makes as ShapeDtypeStructs, sharded by the rules.
+
+    Raises:
+      UserError: see `parallel.sharding`; a sequence axis where convolutions are trained.
+    """
+    abstract = jax.eval_shape(start)
+    check_sequence(abstract.params, mesh)
+    check_rules(rules, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings(abstract, mesh, rules))
+
+
+def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, good: Array, asked: Array) -> Any:
+    """`step` compiled for a mesh: (state, batch, key, good, asked) -> (state, metrics), the state's memory being used again.
 
     state, batch: arrays, or ShapeDtypeStructs with shardings. asked: see `parallel.signals.asking`; metrics["asked"] is its largest.
     """
-    def run(state, batch, key, asked):
-        state, metrics = step(state, batch, key)
+    def run(state, batch, key, good, asked):
+        state, metrics = step(state, batch, key, good)
         return state, {**metrics, "asked": jnp.max(asked)}
 
     of = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
-    arguments = (state, batch, key, asked)
+    arguments = (state, batch, key, good, asked)
     return jax.jit(run, donate_argnums=0, in_shardings=tuple(map(of, arguments)),
                    out_shardings=(of(state), replicated(asked.sharding.mesh))).lower(*arguments).compile()
 
@@ -111,6 +134,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
           tx: optax.GradientTransformation, batches: Callable[[int, TrainState], Any], batch_size: int, steps: int, seed: int, mesh: Mesh,
           given: Optional[Callable[[], Mapping[str, PyTree]]] = None, refresh: Optional[Callable] = None, rules: Rules = (),
           ema_decay: float = 0.9999, accumulate: int = 1, log_every: int = 100, save_every: int = 1000, keep: int = 2,
+          keep_every: int = 0, keep_best: str = "", averages: Mapping[str, Any] = {},
           on_save: Optional[Callable[[int, TrainState], None]] = None, config: Optional[Mapping[str, Any]] = None, name: str = "train",
           warn: Callable[[str], None] = print, mark: Callable[[int], None] = lambda step: None) -> TrainState:
     """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
@@ -122,12 +146,15 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
       init: key -> parameters by name, of which those in `trained` are trained by gradient.
       given: called at the start of a new run for the values of some parameters, by name, in place of what `init` makes of them.
       refresh: see `train_step`.
-      batches: (position, state) -> iterator of batches placed by `placer(mesh)`, with get_state() and close().
+      batches: (position, state) -> iterator of batches placed by `placer(mesh)`, see `data.pipeline.Batches`.
+      keep, keep_every, keep_best: see `Checkpoints`; the metrics are those of the last line logged, the one that ends at the save.
+      averages: {"stds": relative lengths of the power-function averages to carry, "every": steps between their snapshots}, which go to
+        WORKDIR/averages; none by default.
       on_save: called with (step, state) after every checkpoint, for pictures.
       warn: is told of checkpoints that are passed over. mark: is told of every step that begins, see `parallel.rollcall`.
 
     Raises:
-      UserError: a loss that is not finite, a checkpoint that cannot be written or read.
+      UserError: a step that is not finite, see `nonfinite.stopped`; a checkpoint that cannot be written or read.
       Interrupted: on SIGINT or SIGTERM, in any of the processes, after saving.
     """
     parts = batch_parts(mesh)
@@ -139,14 +166,15 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
     key_train = place(key_train, replicated(mesh))
 
     def start() -> TrainState:
-        return new_state(init(key_init), trained, tx)
+        return new_state(init(key_init), trained, tx, averages.get("stds", ()))
 
-    abstract = jax.eval_shape(start)
-    check_rules(rules, abstract)
-    placed = shardings(abstract, mesh, rules)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
+    abstract = placed_state(start, mesh, rules)
+    placed = jax.tree.map(lambda a: a.sharding, abstract)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(os.path.join(workdir, "checkpoints"), keep=keep, config=config))
+        checkpoints = stack.enter_context(Checkpoints(os.path.join(workdir, "checkpoints"), keep=keep, keep_every=keep_every,
+                                                      keep_best=keep_best, config=config))
+        snapshots = stack.enter_context(Snapshots(os.path.join(workdir, "averages"), averages.get("stds", ()),
+                                                  every=averages.get("every", 1000), last=steps))
         found = checkpoints.restore(abstract, warn=warn)
         if found:
             _, state, position = found
@@ -156,6 +184,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             state = dataclasses.replace(state, **{part: _placed(getattr(state, part), getattr(abstract, part), values)
                                                   for part in ("params", "ema", "others")})
         step = int(state.step)
+        snapshots.begin(step, state.powers)
         if step >= steps:
             return state
         if writes_files():
@@ -164,44 +193,57 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         data = batches(position["next_index"], state)
         stack.callback(data.close)
         batch = next(data)
-        ask = asking(mesh)
-        update = compiled_step(train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh), state, batch, key_train,
-                               ask(0))  # before the clock and the bar start
+        ask, good = asking(mesh), jax.jit(lambda: jnp.bool_(True), out_shardings=replicated(mesh))()
+        update = train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh)
+        update = compiled_step(update, state, batch, key_train, good, ask(0))  # before the clock and the bar start
+        known = sorted({*jax.tree.unflatten(update.out_tree, range(update.out_tree.num_leaves))[1]} - set(health.NO_NUMBERS))
+        if keep_best and keep_best.removeprefix("+") not in known:
+            raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
         bar = stack.enter_context(progress(steps, step, name))
         seen = stack.enter_context(watch_signals())
-        window, since = [], time.perf_counter()
+        window, since, last_logged, blocks = [], time.perf_counter(), {}, health.block_names(state.params)
+        ahead = position["next_index"] - step  # of the steps in the data, should a run have begun elsewhere than at its beginning
 
         def read_window() -> None:
-            """Fetch and log the metrics of the steps since the last time; stop at the first that is not finite."""
-            nonlocal window, since
+            """Fetch and log the metrics of the steps since the last time; stop where they are not finite."""
+            nonlocal window, since, last_logged
             if not window:
                 return
-            values = jax.device_get(window)
-            bad = [i for i, v in enumerate(values) if not v["finite"]]
-            if bad:
-                start = step - len(values) + 1
-                raise UserError(f"the loss is not finite at step {start + bad[0]}, the first of {len(bad)} in steps {start} to {step}; "
-                                f"last good checkpoint: {checkpoints.steps[-1:] or 'none'}. Lower the learning rate or clip_norm, "
-                                f"then run again in a new --workdir")
-            mean = {k: float(np.mean([v[k] for v in values])) for k in values[0] if k not in ("finite", "asked")}
-            mean["images_per_s"] = len(values) * batch_size / (time.perf_counter() - since)
-            logs.scalars(step, mean)
-            bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
+            values = [v for v in jax.device_get(window) if v["finite"]]
+            if values:
+                mean = health.summary(values, blocks)
+                mean["images_per_s"] = len(window) * batch_size / (time.perf_counter() - since)
+                logs.scalars(step - len(window) + len(values), mean)
+                last_logged = {name: value for name, value in mean.items() if isinstance(value, float)}
+                bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
+            if len(values) < len(window):
+                give_up()
             window, since = [], time.perf_counter()
+
+        def give_up() -> None:
+            """Say what is wrong with the step after `state`, and keep that."""
+            checkpoints.wait()
+            where = {"next_index": ahead + int(state.step)}
+            data.set_state(where)
+            raise UserError(nonfinite.stopped(
+                workdir, loss_fn, state, next(data), data.ids(where["next_index"]), key_train, position=where, replicated=replicated(mesh),
+                accumulate=accumulate, config=config, checkpoints=checkpoints.steps))
 
         def save() -> None:
             read_window()
             logs.flush()
-            checkpoints.save(step, state, data.get_state())
+            snapshots.wait()
+            checkpoints.save(step, state, data.get_state(), metrics=last_logged)
 
         while step < steps:
             mark(step)
-            state, metrics = update(state, batch, key_train, ask(seen[0] if seen else 0))
+            state, metrics = update(state, batch, key_train, good, ask(seen[0] if seen else 0))
+            good = metrics["finite"]
             step += 1
             bar.update()
             window.append(metrics)
             done = jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
-            if step % log_every == 0:
+            if not done["finite"] or step % log_every == 0:
                 read_window()
             stop = int(done["asked"]) if jax.process_count() > 1 else seen and seen[0]  # all processes at the same step
             if stop:
@@ -213,7 +255,9 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 if on_save and step < steps:
                     on_save(step, state)
                     since = time.perf_counter()
+            snapshots.offer(step, state.powers)
             if step < steps:
                 batch = next(data)
         checkpoints.wait()
+        snapshots.wait()
         return state

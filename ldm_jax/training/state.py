@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from ldm_jax.training.averages import new_powers
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
 
@@ -21,19 +22,26 @@ class TrainState:
       ema: their exponential moving average, what samples are drawn from.
       opt_state: the optimiser's state.
       others: what no gradient changes: nets held fixed (a first stage), the latents' scale, and what a system refreshes by itself.
+      powers: relative length -> power-function average of the parameters, float32, see `training.averages`; {} without.
     """
     step: Array
     params: PyTree
     ema: PyTree
     opt_state: Any
     others: PyTree
+    powers: PyTree = dataclasses.field(default_factory=dict)
 
 
-def new_state(params: Mapping[str, PyTree], trained: Sequence[str], tx: optax.GradientTransformation) -> TrainState:
-    """The state at step 0 from all of a system's parameters, of which those named in `trained` are trained."""
+def new_state(params: Mapping[str, PyTree], trained: Sequence[str], tx: optax.GradientTransformation,
+              stds: Sequence[float] = ()) -> TrainState:
+    """The state at step 0 from all of a system's parameters, of which those named in `trained` are trained.
+
+    stds: the relative lengths of the power-function averages that it carries.
+    """
     mine = {name: params[name] for name in trained}
     others = {name: tree for name, tree in params.items() if name not in trained}
-    return TrainState(step=jnp.int32(0), params=mine, ema=jax.tree.map(jnp.copy, mine), opt_state=tx.init(mine), others=others)
+    return TrainState(step=jnp.int32(0), params=mine, ema=jax.tree.map(jnp.copy, mine), opt_state=tx.init(mine), others=others,
+                      powers=new_powers(mine, stds))
 
 
 def muon(learning_rate: optax.Schedule, *, adam_ratio: float = 0.05, **options) -> optax.GradientTransformation:

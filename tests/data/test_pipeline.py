@@ -71,6 +71,15 @@ def test_batch_k_needs_no_history():
         assert same(take(1, flip=True, start=k), whole[k:k + 1])
 
 
+@pytest.mark.parametrize("batch_size, k", [(8, 0), (8, 4), (60, 1)])
+def test_the_ids_of_a_batch_are_those_that_are_read(batch_size, k):
+    """Within an epoch and over its end, of the whole batch whatever the share of this process is."""
+    whole = order(take(1, batch_size=batch_size, start=k))
+    for share in ((0, 1), (1, 2)):
+        with batches(numbered(23), batch_size=batch_size, seed=0, share=share) as it:
+            assert it.ids(k).tolist() == whole
+
+
 def test_mirroring_mirrors_half_of_the_images_and_nothing_else():
     mirrored = []
     for b in take(50, flip=True):

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax.training.checkpoint import Checkpoints, fingerprint
 from ldm_jax.parallel.sharding import make_mesh, shardings
+from ldm_jax.training.checkpoint import Checkpoints, fingerprint
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 
@@ -60,6 +60,50 @@ def test_keeps_the_newest(tmp_path):
     write(tmp_path / "c", steps=(1, 2, 3))
     with Checkpoints(str(tmp_path / "c"), read_only=True) as checkpoints:
         assert checkpoints.steps == [2, 3]
+
+
+LOSSES = {1: 0.5, 2: 0.9, 3: 0.2, 4: 0.6, 5: None, 6: 0.7, 7: 0.3, 8: float("nan")}
+
+
+@pytest.mark.parametrize("options, kept", [
+    (dict(keep=1), [8]), (dict(keep=None), list(LOSSES)), (dict(keep=2, keep_every=3), [3, 6, 7, 8]),
+    (dict(keep=1, keep_best="loss"), [3, 8]), (dict(keep=1, keep_best="+loss"), [2, 8]),
+    (dict(keep=1, keep_every=4, keep_best="loss"), [3, 4, 8]), (dict(keep=1, keep_best="accuracy"), [8])])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_what_is_kept(tmp_path, options, kept, reopened):
+    """The best by a metric is the best of all, steps without one are not kept for it, and one that was written before is remembered."""
+    def save(some):
+        with Checkpoints(str(tmp_path / "c"), **options) as checkpoints:
+            for step, loss in some:
+                checkpoints.save(step, {"w": jnp.full(3, step)}, {}, metrics=None if loss is None else {"loss": loss})
+            checkpoints.wait()
+            return checkpoints.steps
+
+    losses = list(LOSSES.items())
+    if reopened:
+        save(losses[:5])
+        losses = losses[5:]
+    assert save(losses) == kept
+
+
+def test_a_step_is_asked_for_and_later_ones_are_dropped(tmp_path):
+    write(tmp_path / "c")
+    with Checkpoints(str(tmp_path / "c")) as checkpoints:
+        step, state, _ = checkpoints.restore(abstract(some_state()), warn=pytest.fail, step=1)
+        equal(state, some_state(1))
+        assert step == 1
+        with pytest.raises(UserError, match=r"no checkpoint of step 7 .*there are: \[1, 2\]"):
+            checkpoints.restore(abstract(some_state()), warn=pytest.fail, step=7)
+        saved = checkpoints.saved()
+        assert saved["params"]["net"]["half"] == jax.ShapeDtypeStruct((3,), jnp.bfloat16) and saved["others"]["scale"].shape == (4,)
+        checkpoints.drop_after(1)
+        assert checkpoints.steps == [1]
+
+
+@pytest.mark.parametrize("options", [dict(keep=0), dict(keep_every=-1)])
+def test_numbers_of_steps_that_cannot_be(tmp_path, options):
+    with pytest.raises(UserError, match="at least"):
+        Checkpoints(str(tmp_path / "c"), **options)
 
 
 def arrays_of(path, step):
