@@ -1,8 +1,10 @@
 """A run whose workdir is in a bucket, through the command line, and everything else that may lie in one."""
+import concurrent.futures
 import io
 import json
 import signal
 import subprocess
+import threading
 import time
 
 import jax
@@ -100,7 +102,10 @@ def test_a_cache_of_latents(bucket):
     directory = f"{bucket}/latents"
     paths.write_bytes(f"{directory}/latents-00000-of-00002.array_record", b"left by a process that was killed")
     assert not are_there(directory)
-    write_latents(directory, [{"mean": MEAN, "class": CLASS}], stamp=STAMP, size=23, shards=2)
+    barrier = threading.Barrier(2, timeout=30)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # in the place of two processes
+        list(pool.map(lambda i: write_latents(directory, [{"mean": MEAN[11 * i:][:12], "class": CLASS[11 * i:][:12]}], stamp=STAMP, size=23,
+                                              shards=1, share=(i, 2), wait=lambda why: barrier.wait()), range(2)))
     assert are_there(directory)
     np.testing.assert_array_equal(open_latents(directory, stamp=STAMP, like=LIKE).read([22, 0, 7])["mean"], MEAN[[22, 0, 7]])
     with pytest.raises(UserError, match="another statistics"):
