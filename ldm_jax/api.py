@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import jax
 
+from ldm_jax import paths
 from ldm_jax.sampling import Pipeline
 from ldm_jax.types import UserError
 
@@ -47,7 +48,7 @@ def load(path: str, config: Any = None, *, lora: Optional[str] = None, lora_scal
             raise UserError(f"step and ema choose among what a run kept; {path!r} is a published checkpoint")
         where = {} if mesh is None else {"place": lambda name, shape, dtype: sharding_of(name, shape, mesh, rules)}
         return dataclasses.replace(pipelines.load_pipeline(path, **where, **overrides), mesh=mesh)
-    if os.path.isfile(os.path.expanduser(path)):
+    if paths.isfile(paths.expand(path)):
         raise UserError(f"{path!r} is a file; say what it holds with config=..., such as config='sd1'; "
                         f"ldm_jax.pipelines.ORIGINALS lists them")
     config, system, state = _restored(path, step if ema is None else None, mesh, rules)
@@ -76,7 +77,7 @@ def _restored(path: str, step: Optional[int], mesh: Any = None, rules: Any = ())
     if mesh is not None:
         wanted = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, shardings(wanted, mesh, rules))
     directory, found = os.path.join(path, "checkpoints"), None
-    if os.path.isdir(directory):
+    if paths.isdir(directory):
         with Checkpoints(directory, read_only=True) as checkpoints:
             found = checkpoints.restore(wanted, step=step, warn=warnings.warn)
     if found is None:
@@ -88,7 +89,7 @@ def reconstruct(path: str, config: Mapping[str, Any], like: Any, *, std: float, 
     """(average, step, error) of the run in `path`, see `training.averages.reconstruct`."""
     from ldm_jax.training import averages
     stds, directory = (config["train"].get("averages") or {}).get("stds", ()), os.path.join(path, "averages")
-    if not stds or not os.path.isdir(directory):
+    if not stds or not paths.isdir(directory):
         raise UserError(f"the run in {path!r} kept no averages; train with --config.train.averages.stds=0.05,0.1 and "
                         f"--config.train.averages.every=N")
     return averages.reconstruct(directory, like, stds=stds, std=std, step=step, warn=warnings.warn)
@@ -110,8 +111,7 @@ def write_average(path: str, std: float, *, step: Optional[int] = None) -> Tuple
         checkpoints.drop_after(at)
         checkpoints.save(at, {"ema": average, "others": state["others"]}, {})
         checkpoints.wait()
-    with open(os.path.join(directory, "config.json"), "w") as f:
-        json.dump(config, f, indent=2, sort_keys=True)
+    paths.write_text(os.path.join(directory, "config.json"), json.dumps(config, indent=2, sort_keys=True))
     return directory, at, error
 
 
@@ -135,8 +135,7 @@ def read_config(workdir: str) -> dict:
     """
     path = os.path.join(workdir, "config.json")
     try:
-        with open(path) as f:
-            return json.load(f)
+        return json.loads(paths.read_text(path))
     except FileNotFoundError:
         raise UserError(f"{workdir!r} holds no run (no {path}); give the --workdir of a training run") from None
     except (OSError, ValueError) as error:

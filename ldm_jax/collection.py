@@ -7,6 +7,7 @@ from typing import Any, Callable, Mapping, Optional
 import jax
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.evaluation import pictures
 from ldm_jax.parallel.processes import wait_for_all
 from ldm_jax.sampling import Pipeline
@@ -47,18 +48,16 @@ def collect(pipeline: Pipeline, directory: str, *, num: int, seed: int, cond: Op
 def _adopt(directory: str, stamp: Mapping[str, Any]) -> None:
     """Make `directory` that of these pictures, or check that it is."""
     path = os.path.join(directory, "made_of.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            there = json.load(f)
+    if paths.exists(path):
+        there = json.loads(paths.read_text(path))
         differs = sorted(name for name in stamp if there.get(name) != stamp[name])
         if differs:
             raise UserError(f"{directory!r} holds pictures that were made with other {', '.join(differs)}; move it away, or choose "
                             f"another --seed")
     wait_for_all("read what is there")
     if writes_files():
-        os.makedirs(directory, exist_ok=True)
-        with open(path, "w") as f:
-            json.dump(stamp, f, indent=2)
+        paths.makedirs(directory)
+        paths.write_text(path, json.dumps(stamp, indent=2))
 
 
 def _path(directory: str, start: int) -> str:
@@ -67,15 +66,14 @@ def _path(directory: str, start: int) -> str:
 
 def _complete(path: str, count: int) -> bool:
     try:
-        return len(np.load(path, mmap_mode="r")) == count
+        return len(np.load(paths.local(path), mmap_mode="r")) == count
     except (OSError, ValueError):
         return False
 
 
 def _write(path: str, array: np.ndarray) -> None:
-    with open(path + ".tmp", "wb") as f:
+    with paths.new_file(path) as partial, open(partial, "wb") as f:
         np.save(f, array)
-    os.replace(path + ".tmp", path)
 
 
 def _part(value: Any, start: int, end: int) -> Any:

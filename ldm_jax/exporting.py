@@ -10,13 +10,12 @@ What a published directory cannot say is put into its weights, exactly:
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from typing import Any, Dict, Mapping, Optional, Tuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.models import lora
 from ldm_jax.models.autoencoder import Autoencoder
 from ldm_jax.models.clip import TextTower
@@ -43,19 +42,11 @@ def save_pretrained(pipeline: Any, directory: str) -> Optional[str]:
     Raises:
       UserError: for what has no counterpart, and for a directory that holds something already.
     """
-    directory = os.path.expanduser(os.fspath(directory)).rstrip(os.sep)
-    if os.path.exists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+    directory = paths.expand(directory).rstrip(os.sep)
+    if paths.exists(directory) and (not paths.isdir(directory) or paths.listdir(directory)):
         raise UserError(f"{directory!r} is there already and not empty; give the name of a new directory")
-    parent = os.path.dirname(os.path.abspath(directory))
-    os.makedirs(parent, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=".exporting-", dir=parent)
-    try:
-        os.chmod(partial, 0o755)
-        lost = _write(pipeline, partial)
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return lost
+    with paths.new_directory(directory, "model_index.json") as partial:
+        return _write(pipeline, partial)
 
 
 def _write(pipeline: Any, directory: str) -> Optional[str]:
@@ -100,10 +91,11 @@ def _class_of(component: str) -> Tuple[str, str]:
 def _copy(source: str, target: str) -> None:
     """The small files of a tokeniser or a scheduler."""
     os.makedirs(target)
-    for name in sorted(os.listdir(source)):
+    for name in paths.listdir(source):
         path = os.path.join(source, name)
-        if os.path.isfile(path) and not name.endswith((*WEIGHTS, ".index.json")) and name not in ("model_index.json", "config.json"):
-            shutil.copy(path, target)
+        if not name.endswith((*WEIGHTS, ".index.json")) and name not in ("model_index.json", "config.json") and paths.isfile(path):
+            with open(os.path.join(target, name), "wb") as file:
+                file.write(paths.read_bytes(path))
 
 
 def _json(path: str, value: Any) -> None:

@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.models.autoencoder import FirstStage, kl, vq
 from ldm_jax.models.bert import bert_text
 from ldm_jax.models.clip import ClipText, clip_text
@@ -97,12 +98,11 @@ def save_net(directory: str, net: Any, params: PyTree) -> None:
     arguments = arguments_of(net, params)
     config = config_of(arguments)
     arrays = rules.save(rules_of(arguments, config), params)
-    directory = os.path.expanduser(directory)
-    os.makedirs(directory, exist_ok=True)
+    directory = paths.expand(directory)
+    paths.makedirs(directory)
     stem = "model" if isinstance(net.module, ClipText) else "diffusion_pytorch_model"
     write_safetensors(os.path.join(directory, f"{stem}.safetensors"), arrays)
-    with open(os.path.join(directory, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2, sort_keys=True)
+    paths.write_text(os.path.join(directory, "config.json"), json.dumps(config, indent=2, sort_keys=True))
 
 
 def arguments_of(net: Any, params: PyTree) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Sequence
 import jax
 import numpy as np
 
-from ldm_jax import api, collection, drawing, pipelines, recipe, stages
+from ldm_jax import api, collection, drawing, paths, pipelines, recipe, stages
 from ldm_jax.data.captions import tokenized
 from ldm_jax.data.pipeline import batches
 from ldm_jax.evaluation import evaluate as measurements
@@ -70,7 +70,7 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
     pipeline = _pipeline(system, state, config, mesh)
     for path in drawing.draw(pipeline, source, workdir, None):
         say(f"wrote {path}")
-    if system.reconstruct is not None and not os.path.exists(os.path.join(workdir, "eval.json")):
+    if system.reconstruct is not None and not paths.exists(os.path.join(workdir, "eval.json")):
         _report(workdir, _measure_first_stage(pipeline, recipe.build_source(config["data"], "test"), config["eval"]["real"]))
     return pipeline
 
@@ -86,7 +86,7 @@ def adopt(workdir: str, config: Config) -> None:
       UserError: when another config's run is there, or the directory cannot be written.
     """
     path = os.path.join(workdir, "config.json")
-    if os.path.exists(path) and _begun(workdir):
+    if paths.exists(path) and _begun(workdir):
         differences = recipe.changed(api.read_config(workdir), _plain(config))
         if differences:
             raise UserError(f"{workdir!r} holds a run of another config: {'; '.join(differences[:3])}"
@@ -95,10 +95,8 @@ def adopt(workdir: str, config: Config) -> None:
     wait_for_all("read what is there")
     if writes_files():
         with _writing(workdir):
-            os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-            with open(path + ".tmp", "w") as f:
-                json.dump(_plain(config), f, indent=2, sort_keys=True)
-            os.replace(path + ".tmp", path)
+            paths.makedirs(os.path.join(workdir, "samples"))
+            paths.write_text(path, json.dumps(_plain(config), indent=2, sort_keys=True))
     wait_for_all("the workdir is this config's")
 
 
@@ -106,7 +104,7 @@ def _begun(workdir: str) -> bool:
     """Whether anything was trained in `workdir`: a checkpoint of its own or of its first stage."""
     directory = os.path.join(workdir, "checkpoints")
     first = os.path.join(workdir, "first_stage")
-    return (os.path.isdir(directory) and any(name.isdigit() for name in os.listdir(directory))) or (os.path.isdir(first) and _begun(first))
+    return (paths.isdir(directory) and any(name.isdigit() for name in paths.listdir(directory))) or (paths.isdir(first) and _begun(first))
 
 
 @contextlib.contextmanager
@@ -178,9 +176,9 @@ def export(pipeline: api.Pipeline, directory: str, *, merged: bool = False) -> N
     """
     if pipeline.system.adapter_scale is not None and not merged:
         path = os.path.join(directory, "pytorch_lora_weights.safetensors")
-        if os.path.exists(path):
+        if paths.exists(path):
             raise UserError(f"{path!r} is there already; give the name of a new directory")
-        os.makedirs(directory, exist_ok=True)
+        paths.makedirs(directory)
         pipeline.save_lora(path)
         return say(f"wrote {path}")
     lost = pipeline.save_pretrained(directory)
@@ -237,7 +235,7 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
     images = pipeline.sample(seed, num=num, cond=cond or None, strength=strength, **edit)
     seconds = time.perf_counter() - start
     with _writing(workdir):
-        os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+        paths.makedirs(os.path.join(workdir, "samples"))
         path = _unused(os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}.png"))
         shown = {name: value for name, value in cond.items() if name != "prompt"}
         pictures.save(path, drawing.interleaved([*drawing.shown(system, shown), images], int(np.ceil(np.sqrt(num)))))
@@ -251,7 +249,7 @@ def _unused(path: str) -> str:
     """`path`, numbered if a file is there already."""
     stem, end = os.path.splitext(path)
     number = 1
-    while os.path.exists(path):
+    while paths.exists(path):
         number += 1
         path = f"{stem}_{number}{end}"
     return path
@@ -300,6 +298,6 @@ def _report(workdir: str, values: Dict[str, float]) -> Dict[str, float]:
     if not writes_files():
         return values
     print(measurements.table(values), flush=True)
-    with _writing(workdir), open(os.path.join(workdir, "eval.json"), "w") as f:
-        json.dump(values, f, indent=2)
+    with _writing(workdir):
+        paths.write_text(os.path.join(workdir, "eval.json"), json.dumps(values, indent=2))
     return values

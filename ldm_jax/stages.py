@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, Mapping
 import jax
 import numpy as np
 
-from ldm_jax import api
+from ldm_jax import api, paths
 from ldm_jax.data.base import Source, spatial
-from ldm_jax.data.latents import open_latents, rows_of, write_latents
+from ldm_jax.data.latents import are_there, open_latents, rows_of, write_latents
 from ldm_jax.parallel.processes import wait_for_all
 from ldm_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.systems.latent import measure
@@ -66,7 +66,7 @@ def read_part(directory: str, part: str) -> Mapping[str, PyTree]:
     if root not in ROOTS:
         raise UserError(f"init_part={part!r} does not begin with one of {', '.join(ROOTS)}; give such as ema, params or ema/net")
     nothing = UserError(f"init_dir={directory!r} holds no checkpoint that can be read; train it first")
-    if not os.path.isdir(os.path.join(directory, "checkpoints")):
+    if not paths.isdir(os.path.join(directory, "checkpoints")):
         raise nothing
     with Checkpoints(os.path.join(directory, "checkpoints"), read_only=True) as checkpoints:
         tree = there = checkpoints.saved()
@@ -138,7 +138,7 @@ def latent_cache(directory: str, source: Source, autoencoder: Any, params: Mappi
     stamp = {"autoencoder": tree_hash(params["autoencoder"]), "statistics": tree_hash(params["latent"]),
              "data": f"{source.name}, {source.size} images" + (" and their mirror images" if flip else "")}
     size = source.size * (1 + flip)
-    if not os.path.exists(directory):
+    if not are_there(directory):
         say(f"latents: encoding {source.size} images{' and their mirror images' if flip else ''} to {directory}")
         mesh = make_mesh(devices=jax.local_devices())
         sharded, share = batch_sharding(mesh), (jax.process_index(), jax.process_count())

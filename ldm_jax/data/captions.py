@@ -1,11 +1,13 @@
 """Texts as a field of data: UTF-8 bytes [LENGTH], filled up with zeros, so that they pass through every source and cache."""
 import dataclasses
 import json
-from pathlib import Path
+import os
+from pathlib import PurePosixPath
 from typing import Any, Callable, Dict, Mapping, Sequence
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data.base import Field, Source
 from ldm_jax.types import UserError
 
@@ -24,32 +26,36 @@ def decoded(rows: np.ndarray) -> Sequence[str]:
     return [row.tobytes().rstrip(b"\0").decode("utf-8") for row in np.asarray(rows, np.uint8)]
 
 
-def of_folder(root: Path, files: Sequence[Path]) -> Callable[[Path], np.ndarray]:
-    """file -> its caption, encoded: from ROOT/metadata.jsonl, lines {"file_name": ..., "text": ...}, or from FILE.txt beside FILE.png.
+def of_folder(root: str, files: Sequence[PurePosixPath],
+              listed: Sequence[PurePosixPath]) -> Callable[[Sequence[PurePosixPath]], np.ndarray]:
+    """files -> their captions, encoded: from ROOT/metadata.jsonl, lines {"file_name": ..., "text": ...}, or from FILE.txt beside FILE.png.
+
+    listed: all that is in `root`.
 
     Raises:
       UserError: for files without a caption, and lines that are not of that form.
     """
-    listed: Dict[str, str] = {}
-    path = root / "metadata.jsonl"
-    if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    told: Dict[str, str] = {}
+    there, path = set(listed), os.path.join(root, "metadata.jsonl")
+    if PurePosixPath("metadata.jsonl") in there:
+        for number, line in enumerate(paths.read_text(path).splitlines(), 1):
             try:
                 entry: Mapping[str, Any] = json.loads(line or "{}")
                 if line.strip():
-                    listed[entry["file_name"]] = str(entry["text"])
+                    told[entry["file_name"]] = str(entry["text"])
             except (ValueError, KeyError, TypeError) as e:
                 raise UserError(f'{path}, line {number}: not {{"file_name": ..., "text": ...}} ({e})') from e
-    missing = [f for f in files if f.as_posix() not in listed and not (root / f).with_suffix(".txt").is_file()]
+    missing = [f for f in files if f.as_posix() not in told and f.with_suffix(".txt") not in there]
     if missing:
         raise UserError(f"{len(missing)} of {len(files)} images in {root} have no caption, such as {missing[0]}; name them in "
                         f"metadata.jsonl, or put the text beside each, as {missing[0].with_suffix('.txt')}")
 
-    def caption(file: Path) -> np.ndarray:
-        text = listed.get(file.as_posix())
-        return encoded((root / file).with_suffix(".txt").read_text(encoding="utf-8").strip() if text is None else text)
+    def captions(wanted: Sequence[PurePosixPath]) -> np.ndarray:
+        beside = [f for f in wanted if f.as_posix() not in told]
+        found = dict(zip(beside, paths.read_all([os.path.join(root, f.with_suffix(".txt")) for f in beside])))
+        return np.stack([encoded(found[f].decode("utf-8").strip() if f in found else told[f.as_posix()]) for f in wanted])
 
-    return caption
+    return captions
 
 
 def tokenized(source: Source, conditioners: Mapping[str, Any]) -> Source:

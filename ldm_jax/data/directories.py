@@ -1,9 +1,10 @@
-"""Where image sets in the TFDS layout lie: DIR/name[/config]/version, with a dataset_info.json in it."""
+"""Where image sets in the TFDS layout lie: DIR/name[/config]/version, with a dataset_info.json in it; DIR may be in a bucket."""
 import os
 import re
 from pathlib import Path
 from typing import Optional, Sequence, Tuple, Union
 
+from ldm_jax import paths
 from ldm_jax.types import UserError
 
 NAME = re.compile(r"([a-z0-9_]+(?:/[\w.-]+)?)(?::(\d+\.\d+\.\d+))?")
@@ -16,7 +17,16 @@ def data_dirs(data_dir: DataDir = None) -> Tuple[Path, ...]:
     """Where sets are looked for, in order: `data_dir`, one or several; without it $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     if not data_dir:
         data_dir = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return tuple(Path(d).expanduser() for d in ([data_dir] if isinstance(data_dir, (str, Path)) else data_dir))
+    return tuple(_path(d) for d in ([data_dir] if isinstance(data_dir, (str, os.PathLike)) else data_dir))
+
+
+def _path(directory) -> Path:
+    if not paths.is_remote(directory):
+        return Path(directory).expanduser()
+    from etils import epath
+
+    paths.isdir(directory)  # says in one line what keeps the bucket from being read
+    return epath.Path(directory)
 
 
 def find(name: str, dirs: Sequence[Path]) -> Optional[Path]:

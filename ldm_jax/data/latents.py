@@ -3,17 +3,25 @@
 A directory holds latents-00000-of-00004.array_record and so on, and index.json: what the records consist of, and the stamp, which
 says what they were made with. A cache is written under a temporary name and appears whole or not at all.
 """
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data.base import Field, Source
 from ldm_jax.types import UserError
 
 INDEX = "index.json"
+
+
+def are_there(directory: str) -> bool:
+    """Whether a cache is there, whole or damaged; what arrived in a bucket before the index does not count."""
+    return paths.exists(os.path.join(directory, INDEX) if paths.is_remote(directory) else directory)
 
 
 def rows_of(share: Tuple[int, int], size: int) -> Tuple[int, int]:
@@ -32,38 +40,40 @@ def write_latents(directory: str, batches: Iterable[Mapping[str, np.ndarray]], *
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = f"{directory}.partial"
     (process, processes), (first, end) = share, rows_of(share, size)
-    if process == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-    wait("the directory of latents is new")
-    mine = end - first
-    ends = [mine * (i + 1) // shards for i in range(shards)]
     names = [f"latents-{i:05d}-of-{shards * processes:05d}.array_record" for i in range(shards * processes)]
-    files = names[process * shards:][:shards]
-    writer, shard, done, fields = None, -1, 0, {}
-    for batch in batches:
-        batch = {name: np.ascontiguousarray(batch[name]) for name in sorted(batch)}
-        fields = fields or {name: [str(a.dtype), list(a.shape[1:])] for name, a in batch.items()}
-        for i in range(min(len(next(iter(batch.values()))), mine - done)):
-            if writer is None or done == ends[shard]:
-                if writer is not None:
-                    writer.close()
-                shard += 1
-                writer = ArrayRecordWriter(os.path.join(partial, files[shard]), "group_size:1")
-            writer.write(b"".join(a[i].tobytes() for a in batch.values()))
-            done += 1
-    writer.close()
-    if done != mine:
-        raise ValueError(f"{done} examples were given of {mine}")
-    wait("all latents are written")
-    if process:
-        return wait("the latents are there")
-    with open(os.path.join(partial, INDEX), "w") as f:
-        json.dump({"stamp": dict(stamp), "size": size, "fields": fields, "files": names}, f, indent=2)
-    os.replace(partial, directory)
-    wait("the latents are there")
+    files, mine = names[process * shards:][:shards], end - first
+    ends = [mine * (i + 1) // shards for i in range(shards)]
+    remote = paths.is_remote(directory)
+    with tempfile.TemporaryDirectory(prefix="ldm_jax-") if remote else contextlib.nullcontext(f"{directory}.partial") as partial:
+        if process == 0 and not remote:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+        wait("the directory of latents is new")
+        writer, shard, done, fields = None, -1, 0, {}
+        for batch in batches:
+            batch = {name: np.ascontiguousarray(batch[name]) for name in sorted(batch)}
+            fields = fields or {name: [str(a.dtype), list(a.shape[1:])] for name, a in batch.items()}
+            for i in range(min(len(next(iter(batch.values()))), mine - done)):
+                if writer is None or done == ends[shard]:
+                    if writer is not None:
+                        writer.close()
+                    shard += 1
+                    writer = ArrayRecordWriter(os.path.join(partial, files[shard]), "group_size:1")
+                writer.write(b"".join(a[i].tobytes() for a in batch.values()))
+                done += 1
+        writer.close()
+        if done != mine:
+            raise ValueError(f"{done} examples were given of {mine}")
+        for file in files if remote else ():
+            paths.upload(os.path.join(partial, file), os.path.join(directory, file))
+        wait("all latents are written")
+        if process == 0:
+            index = json.dumps({"stamp": dict(stamp), "size": size, "fields": fields, "files": names}, indent=2)
+            paths.write_text(os.path.join(directory if remote else partial, INDEX), index)
+            if not remote:
+                os.replace(partial, directory)
+        wait("the latents are there")
 
 
 def open_latents(directory: str, *, stamp: Mapping[str, Any], like: Source) -> Source:
@@ -75,14 +85,15 @@ def open_latents(directory: str, *, stamp: Mapping[str, Any], like: Source) -> S
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
-        with open(os.path.join(directory, INDEX)) as f:
+        here = paths.local_directory(directory)
+        with open(os.path.join(here, INDEX)) as f:
             index = json.load(f)
         found, size, fields = index["stamp"], index["size"], index["fields"]
-        paths = [os.path.join(directory, name) for name in index["files"]]
-        missing = [path for path in paths if not os.path.exists(path)]
+        files = [os.path.join(here, name) for name in index["files"]]
+        missing = [file for file in files if not os.path.exists(file)]
         if missing:
             raise OSError(f"{missing[0]} is missing")
-        records = ArrayRecordDataSource(paths)
+        records = ArrayRecordDataSource(files)
         if len(records) != size:
             raise OSError(f"{len(records)} records of {size}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -27,6 +27,7 @@ from typing import Any, Iterator, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data.directories import data_dirs, find
 from ldm_jax.types import UserError, lookup
 
@@ -209,15 +210,18 @@ def prepare(name: str, data_dir: Union[None, str, Path] = None, *, archive: Unio
     """
     lookup(OFFICIAL, name, "data set to prepare")
     root = data_dirs(data_dir)[-1]
+    if paths.is_remote(root):
+        raise UserError(f"cannot prepare {name} in {root}; prepare it in a directory of this machine, then: "
+                        f"gcloud storage cp -r DIR/{name} {root}/")
     found = find(name, [root])
     if found:
         return found
     try:
-        paths = _find_all(name, Path(archive).expanduser()) if archive else _download_all(name, root)
+        files = _find_all(name, Path(archive).expanduser()) if archive else _download_all(name, root)
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"preparing.{name}.", dir=root) as scratch:
             with contextlib.redirect_stdout(sys.stderr):  # TFDS announces itself on stdout
-                _builder(name, _Files(paths, Path(scratch)), root).download_and_prepare(download_dir=scratch)
+                _builder(name, _Files(files, Path(scratch)), root).download_and_prepare(download_dir=scratch)
     except OSError as e:
         if not find(name, [root]):  # where another process finished first, its result is as good
             raise UserError(f"cannot prepare {name} in {root}: {e}; free space there or choose another --data_dir") from e

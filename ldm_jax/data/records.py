@@ -10,6 +10,7 @@ from typing import Callable, Optional, Sequence
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data.base import Source, cached, square
 from ldm_jax.data.directories import DataDir, data_dirs, find
 from ldm_jax.types import UserError
@@ -26,6 +27,9 @@ def _prepare(name: str, dirs: Sequence[Path], download: bool) -> Path:
     if base in prepare.OFFICIAL and ":" not in name:
         if not download:
             raise UserError(f"{name} is not prepared in {looked}\nprepare it with: {prepare.command(name, dirs[-1])}")
+        if paths.is_remote(dirs[-1]):
+            raise UserError(f"{name} is not prepared in {looked}\nprepare it on this machine and copy it there: "
+                            f"{prepare.command(name, 'DIR')} && gcloud storage cp -r DIR/{base} {dirs[-1]}/")
         try:
             return prepare.prepare(name, dirs[-1])
         except UserError as e:
@@ -91,7 +95,7 @@ def tfds(split: str = "train", *, name: str, data_dir: DataDir = None, image_siz
         return UserError(f"the data set in {path} is damaged: {reason}\nremove that directory and prepare {name} again")
 
     try:
-        builder = tfds_lib.builder_from_directory(path)
+        builder = tfds_lib.builder_from_directory(paths.local_directory(path))  # its files are opened by their names
         info = builder.info
         splits, features = info.splits, dict(info.features)
     except Exception as e:  # the library raises whatever its parsers raise

@@ -1,10 +1,13 @@
 """The data sources by name: each row of SOURCES is a function (split, named arguments) -> Source."""
+import io
+import os
 import zlib
-from pathlib import Path
-from typing import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Optional, Sequence
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data import captions
 from ldm_jax.data.base import Field, Source, cached, in_memory, square
 from ldm_jax.data.records import tfds
@@ -116,6 +119,7 @@ def folder(split: str = "train", *, path: str, image_size: int, channels: int = 
            fields: Sequence[str] = (), cache: bool = True) -> Source:
     """A directory of images: each subdirectory is a class, in the order of their names; without subdirectories, no classes.
 
+    path: of this machine, or gs://BUCKET/..., whose images are fetched as they are read.
     fields: "text" for their captions, see `data.captions.of_folder`.
 
     Images are scaled and centre-cropped to image_size x image_size. The test split is a fixed fraction of the files, near
@@ -129,11 +133,12 @@ def folder(split: str = "train", *, path: str, image_size: int, channels: int = 
     if image_size < 1 or channels not in (1, 3) or not 0 <= held_out < 1:
         raise UserError(f"folder needs image_size >= 1, channels 1 or 3 and 0 <= held_out < 1, "
                         f"got image_size {image_size}, channels {channels}, held_out {held_out}")
-    root = Path(path).expanduser()
-    if not root.is_dir():
+    remote = paths.is_remote(path)
+    root = os.fspath(path).rstrip("/") if remote else str(Path(path).expanduser())
+    if not paths.isdir(root):
         raise UserError(f"no image directory {root}; give the path of a directory of images, or of one subdirectory per class")
-    files = sorted(f.relative_to(root) for f in root.rglob("*") if f.suffix.lower() in IMAGES and f.is_file()
-                   and not any(part.startswith(".") for part in f.relative_to(root).parts))
+    listed = [f for f in paths.files_below(root) if not any(part.startswith(".") for part in f.parts)]
+    files = [f for f in listed if f.suffix.lower() in IMAGES]
     names = sorted({f.parts[0] for f in files if len(f.parts) > 1})
     loose = [f for f in files if len(f.parts) == 1]
     if not files:
@@ -147,25 +152,32 @@ def folder(split: str = "train", *, path: str, image_size: int, channels: int = 
     label = np.array([names.index(f.parts[0]) for f in chosen], np.int32) if names else None
 
     kept = {name: lookup({"text": captions.FIELD}, name, "field of a folder") for name in fields}
-    caption = captions.of_folder(root, chosen) if fields else None
+    caption = captions.of_folder(root, chosen, listed) if fields else None
 
-    def picture(file: Path) -> np.ndarray:
+    def picture(file: PurePosixPath, data: Optional[bytes]) -> np.ndarray:
         from PIL import Image, ImageOps
 
         try:
-            with Image.open(root / file) as image:
+            with Image.open(os.path.join(root, file) if data is None else io.BytesIO(data)) as image:
                 upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
                 return np.asarray(square(upright, image_size)).reshape(image_size, image_size, channels)
         except Exception as e:  # Pillow's decoders raise many kinds
-            raise UserError(f"cannot read the image {root / file}: {e}; replace or remove it") from e
+            reason = str(e).split(" <_io.")[0]
+            raise UserError(f"cannot read the image {os.path.join(root, file)}: {reason}; replace or remove it") from e
 
     def read(ids):
-        batch = {"image": np.stack([picture(chosen[i]) for i in ids])}
+        found = [chosen[i] for i in ids]
+        try:
+            data = paths.read_all([os.path.join(root, f) for f in found]) if remote else [None] * len(found)
+        except FileNotFoundError as e:
+            raise UserError(f"{e.filename} is there no more; put it back, or start again without it") from e
+        batch = {"image": np.stack(list(map(picture, found, data)))}
         if caption is not None:
-            batch["text"] = np.stack([caption(chosen[i]) for i in ids])
+            batch["text"] = caption(found)
         return batch if label is None else {**batch, "class": label[np.asarray(ids)]}
 
-    source = Source(root.name, (image_size, image_size, channels), len(names) or None, tuple(names), len(chosen), read, kept)
+    shape = (image_size, image_size, channels)
+    source = Source(PurePosixPath(root).name, shape, len(names) or None, tuple(names), len(chosen), read, kept)
     return cached(source) if cache else source
 
 

@@ -16,6 +16,7 @@ BERT's has other steps 2 to 5, see wordpieces.py, and the file vocab.txt, a toke
 """
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Named
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.data import bytepairs, wordpieces
 from ldm_jax.data.bytepairs import SPACES
 from ldm_jax.types import UserError, lookup
@@ -169,7 +171,7 @@ def load_tokenizer(directory: str, kind: Optional[str] = None) -> Tokenizer:
       UserError: for files that are missing, damaged or do not fit together, for another kind of tokeniser, and for options that
         are not supported.
     """
-    directory = os.path.expanduser(os.fspath(directory))
+    directory = paths.expand(directory)
     try:
         return _load(directory, kind)
     except UserError:
@@ -200,11 +202,10 @@ def _load(directory: str, kind: Optional[str]) -> Tokenizer:
 def _json(directory: str, name: str) -> Optional[Dict[str, Any]]:
     """A file of JSON, which holds an object; None where there is no such file."""
     path = os.path.join(directory, name)
-    if not os.path.isfile(path):
+    if not paths.isfile(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(paths.read_text(path))
     except (ValueError, RecursionError) as e:
         raise UserError(f"cannot read {path!r}: {e}; the file is damaged") from e
     if not isinstance(value, dict):
@@ -237,9 +238,8 @@ def _word_pieces(directory: str, config: Mapping[str, Any], whole: Optional[Mapp
     model, path = (whole or {}).get("model") or {}, os.path.join(directory, "vocab.txt")
     if whole:
         vocab, form = model.get("vocab"), whole.get("normalizer") or {}
-    elif os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            vocab, form = {line.rstrip("\n"): i for i, line in enumerate(file)}, {}
+    elif paths.isfile(path):
+        vocab, form = {line.rstrip("\n"): i for i, line in enumerate(io.StringIO(paths.read_text(path), newline=None))}, {}
     else:
         raise UserError(f"no tokeniser in {directory!r}; it needs vocab.txt, or tokenizer.json")
     only = {"type": (model, "WordPiece"), "continuing_subword_prefix": (model, wordpieces.INNER), "clean_text": (form, True),
@@ -290,11 +290,10 @@ def _from_one(directory: str, file: Mapping[str, Any]):
 
 def _from_two(directory: str):
     vocab, path = _json(directory, "vocab.json"), os.path.join(directory, "merges.txt")
-    if vocab is None or not os.path.isfile(path):
+    if vocab is None or not paths.isfile(path):
         raise UserError(f"no tokeniser in {directory!r}; it needs vocab.json and merges.txt, or tokenizer.json")
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file]
+        lines = [line.rstrip("\r") for line in paths.read_text(path).split("\n")]
     except ValueError as e:
         raise UserError(f"cannot read {path!r}: {e}; the file is damaged") from e
     return vocab, [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]

@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any, Dict, List, Mapping, Sequence
 
+from ldm_jax import paths
 from ldm_jax.evaluation.evaluate import RATE
 from ldm_jax.types import UserError
 
@@ -22,10 +23,8 @@ def read(run: str) -> Dict[str, Any]:
       UserError: where `run` holds none.
     """
     try:
-        with open(os.path.join(run, "eval.json")) as f:
-            values = json.load(f)
-        with open(os.path.join(run, "config.json")) as f:
-            kind = json.load(f)["autoencoder"]["name"]
+        values, config = (json.loads(paths.read_text(os.path.join(run, name))) for name in ("eval.json", "config.json"))
+        kind = config["autoencoder"]["name"]
         return {"run": run, "kind": kind, **{short: values[name] for short, name in RATE.items()}}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run!r} holds no measured first stage ({error}); train one, or measure it: "
@@ -74,7 +73,8 @@ def main(argv: Sequence[str] = None) -> int:
         import matplotlib.pyplot as plt
 
         print(table(rows))
-        draw(plt, rows).savefig(args.out, dpi=110)
+        with paths.new_file(args.out) as out:
+            draw(plt, rows).savefig(out, dpi=110, format=os.path.splitext(args.out)[1][1:] or "png")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,12 @@
 """Pictures for people: grids of images as PNG files."""
+import io
 import os
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ldm_jax import paths
 from ldm_jax.types import UserError, writes_files
 
 _SMALLEST = 48  # pixels; smaller images are enlarged by a whole factor so that they can be looked at
@@ -31,12 +33,13 @@ def grid(rows: Sequence[np.ndarray], gap: int = 2) -> Image.Image:
 
 
 def save(path: str, rows: Sequence[np.ndarray], gap: int = 2) -> str:
-    """Write `grid(rows, gap)` to `path` through a temporary name; returns the path. Of several processes the first writes."""
+    """Write `grid(rows, gap)` to `path`, which appears whole; returns the path. Of several processes the first writes."""
     if not writes_files():
         return path
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    grid(rows, gap).save(path + ".tmp", format="png")
-    os.replace(path + ".tmp", path)
+    file = io.BytesIO()
+    grid(rows, gap).save(file, format="png")
+    paths.makedirs(os.path.dirname(path) or ".")
+    paths.write_bytes(path, file.getvalue())
     return path
 
 
@@ -47,7 +50,7 @@ def read(path: str, size: Optional[Tuple[int, int]], channels: int) -> np.ndarra
       UserError: for a file that is missing or no picture.
     """
     try:
-        with Image.open(os.path.expanduser(path)) as image:
+        with Image.open(paths.local(paths.expand(path))) as image:
             image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     except OSError as error:
         raise UserError(f"cannot read the picture {path!r}: {error}") from error

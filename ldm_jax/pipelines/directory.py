@@ -9,6 +9,7 @@ import json
 import os
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
+from ldm_jax import paths
 from ldm_jax.pipelines.images import ddim, ddpm, dit, ldm
 from ldm_jax.pipelines.scores import score_sde_ve
 from ldm_jax.pipelines.source import Source
@@ -44,7 +45,7 @@ PIPELINES = {
 
 def is_published(directory: str) -> bool:
     """Whether a directory has a model_index.json, or a scheduler with its net."""
-    return any(os.path.isfile(os.path.join(os.path.expanduser(directory), name)) for name in (INDEX, SCHEDULER))
+    return any(paths.isfile(os.path.join(paths.expand(directory), name)) for name in (INDEX, SCHEDULER))
 
 
 def load_pipeline(directory: str, *, dtype: str = "float32", param_dtype: str = "float32", place: Optional[Callable] = None,
@@ -69,7 +70,7 @@ def load_pipeline(directory: str, *, dtype: str = "float32", param_dtype: str = 
     Raises:
       UserError: for a pipeline that is not known, missing or damaged files, and options that are not supported.
     """
-    directory = os.path.expanduser(os.fspath(directory))
+    directory = paths.expand(directory)
     index = _index(directory)
     kind = index.get("_class_name")
     reader, components, others = lookup(PIPELINES, kind, "published pipeline")
@@ -92,25 +93,24 @@ def load_pipeline(directory: str, *, dtype: str = "float32", param_dtype: str = 
 
 def sampler_settings(directory: str) -> Dict[str, Any]:
     """How a published scheduler samples, as the `sampler` section of a recipe has it: name, its options by that name, and grid."""
-    directory = os.path.expanduser(os.fspath(directory))
+    directory = paths.expand(directory)
     sampling = Source(directory, _index(directory), {}).sampling()
     return {"name": sampling.sampler, sampling.sampler: dict(sampling.options), "grid": schedule_and_grid(sampling)[1]}
 
 
 def published_of(directory: str, nets: Iterable[str]) -> Published:
     """What a published directory holds beside the weights of `nets`, names of ours."""
-    directory = os.path.expanduser(os.fspath(directory))
+    directory = paths.expand(directory)
     index = _index(directory)
     return Source(directory, index, {}).published(index["_class_name"], nets)
 
 
 def _index(directory: str) -> Mapping[str, Any]:
     path = os.path.join(directory, INDEX)
-    if not os.path.isfile(path):  # a net and its scheduler alone
+    if not paths.isfile(path):  # a net and its scheduler alone
         return {"_class_name": "DDIMPipeline", "unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "scheduler")}
     try:
-        with open(path, encoding="utf-8") as file:
-            index = json.load(file)
+        index = json.loads(paths.read_text(path))
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from e
     if not isinstance(index, dict):

@@ -3,9 +3,9 @@
 A row of `weights.originals.ORIGINALS` names the config; what it says of the names and shapes in the file must be so.
 """
 import dataclasses
-import os
 from typing import Any, Mapping, Optional, Tuple, Union
 
+from ldm_jax import paths
 from ldm_jax.pipelines.original_file import File
 from ldm_jax.pipelines.original_latent import ldm
 from ldm_jax.pipelines.original_pixels import adm, adm_classifier, dit
@@ -45,7 +45,7 @@ def load_original(path: str, config: Union[str, Mapping[str, Any]], *, vae: Opti
         known = ("vae", "tokenizer", "dtype", "param_dtype", "ema", "size", *SETTINGS)
         raise UserError(f"unknown override {extra[0]!r}; choose from: {', '.join(sorted(known))}")
     family, said = originals.original_config(config)
-    path = os.path.expanduser(os.fspath(path))
+    path = paths.expand(path)
     file = File(path, files.open_arrays(path), dtype, param_dtype, ema, vae, tokenizer, size and tuple(size))
     pipeline = FAMILIES[family](file, {"_class_name": family, **said})
     return dataclasses.replace(pipeline, defaults={**pipeline.defaults, **overrides})

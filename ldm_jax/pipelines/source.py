@@ -3,6 +3,7 @@ import dataclasses
 import os
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
+from ldm_jax import paths
 from ldm_jax.data.text import load_tokenizer
 from ldm_jax.published import CLASSES, Published, load_net
 from ldm_jax.types import PyTree, UserError
@@ -31,7 +32,7 @@ class Source:
     def place(self, name: str) -> str:
         """The directory of a component: its own, or the checkpoint's where there is none."""
         own = os.path.join(self.directory, name)
-        return own if os.path.isdir(own) else self.directory
+        return own if paths.isdir(own) else self.directory
 
     def net(self, name: str, **options: Any) -> Tuple[Any, PyTree]:
         return load_net(self.place(name), **self.options, **options)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from ldm_jax import paths
 from ldm_jax.types import Array, PyTree, UserError, to_host
 
 _STATE = "state"
@@ -69,13 +70,16 @@ class Checkpoints:
     def __init__(self, directory: str, *, keep: Optional[int] = 2, keep_every: int = 0, keep_best: str = "",
                  config: Optional[Mapping[str, Any]] = None, read_only: bool = False):
         directory = str(directory)
-        self.directory = os.path.abspath(directory) if "://" not in directory else directory
+        remote = paths.is_remote(directory)
+        self.directory = directory if remote else os.path.abspath(directory)
+        if remote:
+            paths.connect(directory)
         self._good = set()  # steps written or verified by this object; another of the same number is damaged and is replaced
         policy = _kept(keep, keep_every, keep_best)
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory, cleanup_tmp_directories=not read_only, preservation_policy=policy,
-                custom_metadata=None if read_only or config is None else {"config": config})
+                custom_metadata=None if read_only or config is None or remote else {"config": config})  # Orbax wants a directory for it
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.directory!r}: {error.strerror or error}; "
                             f"choose another --workdir") from error

@@ -232,6 +232,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
 
         def save() -> None:
             read_window()
+            logs.flush()
             snapshots.wait()
             checkpoints.save(step, state, data.get_state(), metrics=last_logged)
 

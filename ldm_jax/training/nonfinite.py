@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ldm_jax import paths
 from ldm_jax.parallel.sharding import in_parts
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.health import block_names, block_squares
@@ -117,8 +118,7 @@ def keep(directory: str, state: TrainState, position: Mapping[str, int], config:
         checkpoints.save(int(state.step), state, position)
         checkpoints.wait()
     if config is not None and writes_files():
-        with open(os.path.join(directory, "config.json"), "w") as f:
-            json.dump(config, f, indent=2, sort_keys=True)
+        paths.write_text(os.path.join(directory, "config.json"), json.dumps(config, indent=2, sort_keys=True))
 
 
 def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids: Sequence[int], key: Array, *,
@@ -143,8 +143,7 @@ def stopped(workdir: str, loss_fn: LossFn, state: TrainState, batch: PyTree, ids
         found, lines = {}, [f"running it again to see where failed: {reason}"]
     if writes_files():
         report = {"step": step, "ids": [int(i) for i in ids], **found, "summary": lines}
-        with open(os.path.join(directory, "report.json"), "w") as f:
-            json.dump(report, f, indent=1, default=_listed)
+        paths.write_text(os.path.join(directory, "report.json"), json.dumps(report, indent=1, default=_listed))
     return "\n".join([
         f"not finite at step {step}:", *(f"  {line}" for line in lines),
         f"  kept: {directory} (report.json, and the state of step {step - 1} as a run of its own); "

@@ -30,6 +30,7 @@ import ml_dtypes  # before safetensors, which finds bfloat16 in numpy only once 
 import numpy as np
 import safetensors.numpy
 
+from ldm_jax import paths
 from ldm_jax.types import UserError
 from ldm_jax.weights.stored import open_safetensors
 
@@ -70,14 +71,14 @@ def open_arrays(path: str) -> Dict[str, Any]:
 
 
 def _guarded(path: str, readers: Mapping[str, Callable]) -> Dict[str, Any]:
-    path = os.path.expanduser(os.fspath(path))
+    path = paths.expand(path)
     reader = readers.get(os.path.splitext(path)[1].lower())
     if reader is None:
         raise UserError(f"cannot tell what {path!r} is; files of weights end in {', '.join(readers)}")
-    if not os.path.isfile(path):
+    if not paths.isfile(path):
         raise UserError(f"no file {path!r}; give the path of a file of weights")
     try:
-        return reader(path)
+        return reader(paths.local(path))
     except UserError as e:
         raise e if repr(path) in str(e) else UserError(f"cannot read {path!r}: {e}") from e
     except Exception as e:  # damage shows itself in many kinds

@@ -5,7 +5,7 @@
     diffusion_pytorch_model.safetensors.index[.VARIANT].json    {"weight_map": {name: file in the same directory}}
     ... .bin                                                    the same as torch files
 """
-import glob
+import fnmatch
 import json
 import os
 import re
@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.types import UserError
 from ldm_jax.weights import maps_autoencoder, maps_bert, maps_clip, maps_dit, maps_unet
 from ldm_jax.weights.files import open_arrays
@@ -60,7 +61,7 @@ def read_config(directory: str) -> Dict[str, Any]:
     Raises:
       UserError: when there is none, or it is no JSON object.
     """
-    path = os.path.join(os.path.expanduser(directory), "config.json")
+    path = os.path.join(paths.expand(directory), "config.json")
     config = _json(path, f"{directory!r} is no component of a published checkpoint (no config.json); give a directory such as "
                          f"CHECKPOINT/unet")
     if not isinstance(config, dict):
@@ -70,8 +71,7 @@ def read_config(directory: str) -> Dict[str, Any]:
 
 def _json(path: str, missing: str) -> Any:
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(paths.read_text(path))
     except FileNotFoundError:
         raise UserError(missing) from None
     except (OSError, ValueError) as e:
@@ -86,15 +86,16 @@ def find_weights(directory: str, variant: Optional[str] = None) -> str:
     Raises:
       UserError: when there is no such file, or several that may stand in for it.
     """
-    directory = os.path.expanduser(directory)
+    directory = paths.expand(directory)
+    names = paths.listdir(directory) if paths.isdir(directory) else []
     found = {}  # variant -> path, the better kind of file first
     for stem in STEMS:
         for suffix in ("safetensors", "bin"):
-            for path in sorted(glob.glob(os.path.join(glob.escape(directory), f"{stem}*.{suffix}*"))):
-                name = os.path.basename(path)[len(stem):]
+            for file in fnmatch.filter(names, f"{stem}*.{suffix}*"):
+                name = file[len(stem):]
                 match = re.fullmatch(rf"(?:\.([\w-]+))?\.{suffix}(?:\.index(?:\.([\w-]+))?\.json)?", name)
                 if match and not re.search(r"\d-of-\d", name):
-                    found.setdefault(match[1] or match[2], path)
+                    found.setdefault(match[1] or match[2], os.path.join(directory, file))
     if variant in found:
         return found[variant]
     known = f"it has {', '.join(os.path.basename(p) for p in found.values())}" if found else "it has none"

@@ -22,6 +22,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.types import UserError
 from ldm_jax.weights.files import open_arrays
 from ldm_jax.weights.rules import FLOATS, listed
@@ -58,11 +59,11 @@ def find_file(path: str) -> str:
     Raises:
       UserError: when there is none.
     """
-    path = os.path.expanduser(os.fspath(path))
-    if not os.path.isdir(path):
+    path = paths.expand(path)
+    if not paths.isdir(path):
         return path
     for name in FILES:
-        if os.path.isfile(os.path.join(path, name)):
+        if paths.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
     raise UserError(f"{path!r} has no file of LoRA adapters such as {FILES[0]}; give the path of the file")
 
@@ -164,9 +165,8 @@ def _settings(path: str) -> Dict[str, Any]:
     beside = os.path.join(os.path.dirname(path), CONFIG)
     try:
         text = read_metadata(path).get(SETTINGS) if path.endswith(".safetensors") else None
-        if text is None and os.path.basename(path).startswith("adapter_model.") and os.path.isfile(beside):
-            with open(beside, encoding="utf-8") as file:
-                text = file.read()
+        if text is None and os.path.basename(path).startswith("adapter_model.") and paths.isfile(beside):
+            text = paths.read_text(beside)
         settings = json.loads(text or "{}")
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read the settings of the LoRA adapters in {path!r}: {e}") from e
@@ -206,7 +206,7 @@ def write_pairs(path: str, nets: Mapping[str, Mapping[str, Pair]]) -> None:
     Args:
       path: of the file, or of a directory, which then gets a pytorch_lora_weights.safetensors.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = paths.expand(path)
     path = path if path.endswith(".safetensors") else os.path.join(path, FILES[0])
     arrays, settings = {}, {}
     for net, pairs in nets.items():
@@ -220,7 +220,7 @@ def write_pairs(path: str, nets: Mapping[str, Mapping[str, Pair]]) -> None:
         settings.update({f"{net}.{key}": value for key, value in said.items()})
         for module, pair in pairs.items():
             arrays[f"{net}.{module}.lora_A.weight"], arrays[f"{net}.{module}.lora_B.weight"] = pair.down, pair.up
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    paths.makedirs(os.path.dirname(path) or ".")
     write_safetensors(path, arrays, {SETTINGS: json.dumps(settings, indent=2, sort_keys=True)})
 
 

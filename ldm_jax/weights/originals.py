@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any, Dict, Iterable, List, Mapping, Tuple, Union
 
+from ldm_jax import paths
 from ldm_jax.types import UserError, lookup
 from ldm_jax.weights.options import options, refuse
 from ldm_jax.weights.original_dit import SIZES as DIT_SIZES
@@ -236,7 +237,7 @@ def original_config(config: Union[str, Mapping[str, Any]]) -> Tuple[str, Dict[st
     if isinstance(config, (str, os.PathLike)):
         if not os.fspath(config).endswith((".yaml", ".yml")):
             return _row(ORIGINALS, config)
-        config = _yaml(os.path.expanduser(os.fspath(config)))
+        config = _yaml(paths.expand(config))
     if not isinstance(config, Mapping):
         raise UserError(f"config={config!r} must be a name, or a mapping with the layout and what differs from it")
     if "model" in config:
@@ -260,8 +261,7 @@ def _row(rows: Mapping[str, Any], name: Any) -> Any:
 def _yaml(path: str) -> Any:
     import yaml
     try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file)
+        return yaml.safe_load(paths.read_text(path))
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {path}: {str(e).splitlines()[0]}") from e
 

@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.types import UserError, lookup
 from ldm_jax.weights.options import options, refuse
 
@@ -74,10 +75,9 @@ def read_scheduler(directory: str) -> Sampling:
     Raises:
       UserError: for a file that cannot be read, a scheduler that is not known, and options that are not supported.
     """
-    path = os.path.join(os.path.expanduser(directory), "scheduler_config.json")
+    path = os.path.join(paths.expand(directory), "scheduler_config.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        config = json.loads(paths.read_text(path))
     except FileNotFoundError:
         raise UserError(f"no file {path!r}; give the directory of a published scheduler, such as CHECKPOINT/scheduler") from None
     except (OSError, ValueError) as e:

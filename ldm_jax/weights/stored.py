@@ -13,6 +13,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import ml_dtypes
 import numpy as np
 
+from ldm_jax import paths
 from ldm_jax.types import UserError
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
@@ -40,11 +41,11 @@ def open_safetensors(path: str) -> Dict[str, Stored]:
     Raises:
       UserError: for a file that is missing, cut short, damaged, or holds numbers of an unknown kind.
     """
-    path = os.path.expanduser(os.fspath(path))
-    if not os.path.isfile(path):
+    path = paths.expand(path)
+    if not paths.isfile(path):
         raise UserError(f"no file {path!r}; give the path of a file of weights")
     try:
-        return _open(path)
+        return _open(paths.local(path))
     except UserError as e:
         raise UserError(f"cannot read {path!r}: {e}") from e
     except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as e:
@@ -78,7 +79,7 @@ def _open(path: str) -> Dict[str, Stored]:
 
 def read_metadata(path: str) -> Dict[str, str]:
     """The words that a file which `open_safetensors` can open says about itself, by name."""
-    with open(os.path.expanduser(os.fspath(path)), "rb") as file:
+    with open(paths.local(paths.expand(path)), "rb") as file:
         return json.loads(file.read(struct.unpack("<Q", file.read(8))[0])).get("__metadata__") or {}
 
 
@@ -91,8 +92,7 @@ def write_safetensors(path: str, arrays: Mapping[str, Any], metadata: Mapping[st
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the values start at a multiple of eight
-    with open(f"{path}.partial", "wb") as file:
+    with paths.new_file(path) as partial, open(partial, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).tobytes())
-    os.replace(f"{path}.partial", path)
