@@ -81,7 +81,7 @@ def test_a_mistake_ends_it_a_stop_restarts_it_and_failures_are_counted(name):
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_the_arguments_are_flags_and_name_a_recipe(name):
-    from ldm_jax.main import FLAGS
+    from ldm_jax.command_line import FLAGS
     flags = dict(argument[2:].split("=", 1) for argument in container(filled(name))["args"])
     assert set(flags) >= {"config", "workdir"} and all(flag in FLAGS for flag in flags)
     assert os.path.exists(os.path.join(ROOT, flags["config"].split(":")[0]))

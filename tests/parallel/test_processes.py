@@ -15,7 +15,8 @@ from tests.runs import command, environment, main
 from tests.test_main import DIGITS, parameters
 
 pytestmark = pytest.mark.slow
-RUN = (DIGITS, "--config.net.name=dit", "--config.train.save_every=5", "--config.train.log_every=5", "--config.optimizer.decay=constant", "--process_timeout=5")
+RUN = (DIGITS, "--config.net.name=dit", "--config.train.save_every=5", "--config.train.log_every=5",
+       "--config.optimizer.decay=constant", "--process_timeout=5")
 
 
 def start(count, *arguments):
