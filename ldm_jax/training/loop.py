@@ -22,10 +22,10 @@ from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_i
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its state is saved at `step`. `signum` is the signal."""
+    """The run was asked to stop; its state is saved at `step`, which took so many seconds. `signum` is the signal."""
 
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is saved")
+    def __init__(self, signum: int, step: int, seconds: float):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, saved in {seconds:.1f} s")
         self.signum, self.step = signum, step
 
 
@@ -202,24 +202,25 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
             raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
         bar = stack.enter_context(progress(steps, step, name))
         seen = stack.enter_context(watch_signals())
-        window, since, last_logged, blocks = [], time.perf_counter(), {}, health.block_names(state.params)
+        window, since, last_logged, stalled, blocks = [], time.perf_counter(), {}, 0.0, health.block_names(state.params)
         ahead = position["next_index"] - step  # of the steps in the data, should a run have begun elsewhere than at its beginning
 
         def read_window() -> None:
             """Fetch and log the metrics of the steps since the last time; stop where they are not finite."""
-            nonlocal window, since, last_logged
+            nonlocal window, since, last_logged, stalled
             if not window:
                 return
             values = [v for v in jax.device_get(window) if v["finite"]]
             if values:
                 mean = health.summary(values, blocks)
                 mean["images_per_s"] = len(window) * batch_size / (time.perf_counter() - since)
+                mean.update({"save_s": stalled} if stalled else {})
                 logs.scalars(step - len(window) + len(values), mean)
                 last_logged = {name: value for name, value in mean.items() if isinstance(value, float)}
                 bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
             if len(values) < len(window):
                 give_up()
-            window, since = [], time.perf_counter()
+            window, since, stalled = [], time.perf_counter(), 0.0
 
         def give_up() -> None:
             """Say what is wrong with the step after `state`, and keep that."""
@@ -231,10 +232,13 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 accumulate=accumulate, config=config, checkpoints=checkpoints.steps))
 
         def save() -> None:
+            nonlocal stalled
             read_window()
+            began = time.perf_counter()
             logs.flush()
             snapshots.wait()
             checkpoints.save(step, state, data.get_state(), metrics=last_logged)
+            stalled = time.perf_counter() - began
 
         while step < steps:
             mark(step)
@@ -248,9 +252,10 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                 read_window()
             stop = int(done["asked"]) if jax.process_count() > 1 else seen and seen[0]  # all processes at the same step
             if stop:
+                began = time.perf_counter()
                 save()
                 checkpoints.wait()
-                raise Interrupted(stop, step)
+                raise Interrupted(stop, step, time.perf_counter() - began)
             if step % save_every == 0 or step == steps:
                 save()
                 if on_save and step < steps:
