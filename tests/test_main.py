@@ -131,7 +131,7 @@ def test_asked_to_stop_it_saves_and_goes_on(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM and "is saved" in said and "Traceback" not in said
+    assert process.returncode == 128 + signal.SIGTERM and "saved in" in said and "Traceback" not in said
     step = max(int(n) for n in os.listdir(workdir / "checkpoints") if n.isdigit())
     assert f"after step {step}" in said
 
