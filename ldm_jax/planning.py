@@ -68,7 +68,7 @@ def figures_of(config: Mapping[str, Any]) -> Dict[str, Any]:
         "bytes": {"parameters": of_mesh((abstract.params, abstract.others)), "averages": of_mesh((abstract.ema, abstract.powers)),
                   "optimiser": of_mesh(abstract.opt_state), "batch": of_mesh(batch),
                   "of the update itself": memory.temporary + memory.outputs, "in all": memory.total},
-        "collectives": cost.collectives(compiled.as_text()),
+        "collectives": cost.collectives(compiled.as_text(), mesh.size),
         "flops_per_image": cost.flops(step, abstract, batch, key) / size,
     }
 

@@ -68,8 +68,9 @@ _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation
 _TRIPS = re.compile(r'known_trip_count\\?":\s*\{\s*\\?"n\\?":\s*\\?"(\d+)')
 
 
-def collectives(text: str) -> Dict[str, Tuple[float, float]]:
-    """kind -> (how many, bytes that a device receives) of the collective operations in a compiled program's text (`as_text()`).
+def collectives(text: str, devices: int) -> Dict[str, Tuple[float, float]]:
+    """kind -> (how many, bytes that a device receives) of the collective operations in a compiled program's text (`as_text()`) for
+    so many devices.
 
     Bytes are those of the ring algorithms, for arrays of b bytes among n devices: 2 b (n - 1) / n for a sum that all get, b (n - 1) / n
     to gather b, to scatter a sum of b, or to exchange b, and b to pass b on. Loops of known length count as often as they run.
@@ -82,7 +83,7 @@ def collectives(text: str) -> Dict[str, Tuple[float, float]]:
             found = _OPERATION.search(line)
             if found:
                 shape, kind, start = found.groups()
-                n, size = _group(line), _bytes(shape, kind if start else "")
+                n, size = _group(line, devices), _bytes(shape, kind if start else "")
                 moved = {"all-reduce": 2 * size * (n - 1) / n, "reduce-scatter": size * (n - 1),
                          "collective-permute": size}.get(kind, size * (n - 1) / n)
                 if n > 1 or kind == "collective-permute":
@@ -122,14 +123,14 @@ def _width(kind: str) -> int:
     return _BITS.get(kind) or int(re.match(r"[a-z]+(\d+)", kind).group(1)) if kind in _BITS or re.match(r"[a-z]+\d", kind) else 0
 
 
-def _group(line: str) -> int:
-    """How many devices take part together."""
+def _group(line: str, devices: int) -> int:
+    """How many of the devices take part together; all where the line names no groups."""
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=", line)
     if iota:
         return int(iota.group(1).split(",")[-1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)?\s*\{([^}]*)\}", line)
     if named:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named.group(1)))
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named.group(2)))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    return len(listed.group(1).split(",")) if listed and listed.group(1) else 1
+    return len(listed.group(1).split(",")) if listed and listed.group(1) else devices

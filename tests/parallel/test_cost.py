@@ -54,23 +54,32 @@ def compiled(f, *specs):
 def test_a_sum_over_devices():
     """64 x 32 numbers, of which each device holds a part of the terms: 2 b (n - 1) / n."""
     program = compiled(jnp.matmul, ((64, 128), P(None, "x")), ((128, 32), P("x", None)))
-    assert cost.collectives(program.as_text()) == {"all-reduce": (1, 2 * 64 * 32 * 4 * 7 / 8)}
+    assert cost.collectives(program.as_text(), 8) == {"all-reduce": (1, 2 * 64 * 32 * 4 * 7 / 8)}
 
 
 def test_gathering_and_loops():
     program = compiled(lambda a: a, ((64, 32), P("x")))
-    assert cost.collectives(program.as_text()) == {"all-gather": (1, 64 * 32 * 4 * 7 / 8)}
+    assert cost.collectives(program.as_text(), 8) == {"all-gather": (1, 64 * 32 * 4 * 7 / 8)}
 
     def f(a, b):
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=6)[0]
 
     program = compiled(f, ((64, 128), P(None, "x")), ((128, 128), P("x", None)))
-    (count, size), = [v for k, v in cost.collectives(program.as_text()).items() if k == "all-reduce"]
+    (count, size), = [v for k, v in cost.collectives(program.as_text(), 8).items() if k == "all-reduce"]
     assert count == 6 and size == 6 * 2 * 64 * 128 * 4 * 7 / 8
 
 
+def test_a_mesh_of_two_axes():
+    """Groups along the second axis: 4 of the 8 devices take part in each sum."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    of = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+    for axis, n in (("x", 2), ("y", 4)):
+        program = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, P())).lower(of((64, 128), None, axis), of((128, 32), axis)).compile()
+        assert cost.collectives(program.as_text(), 8) == {"all-reduce": (1, 2 * 64 * 32 * 4 * (n - 1) / n)}
+
+
 def test_one_device_sends_nothing():
-    assert cost.collectives(jax.jit(jnp.matmul).lower(A, B).compile().as_text()) == {}
+    assert cost.collectives(jax.jit(jnp.matmul).lower(A, B).compile().as_text(), 1) == {}
 
 
 def test_memory():
