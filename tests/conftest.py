@@ -20,6 +20,9 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+CACHE = os.path.join(os.path.expanduser("~"), ".cache", "ldm_jax", "tests")  # what was compiled once need not be in the next run
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_collection_modifyitems(items):

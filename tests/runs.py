@@ -5,9 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import ROOT
-
-CACHE = os.path.join(os.path.expanduser("~"), ".cache", "ldm_jax", "tests")
+from tests.conftest import CACHE, ROOT
 
 
 def config(name, variant=""):
