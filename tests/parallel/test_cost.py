@@ -74,7 +74,8 @@ def test_a_mesh_of_two_axes():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     of = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
     for axis, n in (("x", 2), ("y", 4)):
-        program = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, P())).lower(of((64, 128), None, axis), of((128, 32), axis)).compile()
+        product = jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh, P()))
+        program = product.lower(of((64, 128), None, axis), of((128, 32), axis)).compile()
         assert cost.collectives(program.as_text(), 8) == {"all-reduce": (1, 2 * 64 * 32 * 4 * (n - 1) / n)}
 
 
