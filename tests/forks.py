@@ -57,7 +57,8 @@ class Process:
             return f.read()
 
 
-def fork(work: Callable[[], None], said: str, *, environ: Mapping[str, str] = {}, cache: str = CACHE, file_limit: Optional[int] = None) -> Process:
+def fork(work: Callable[[], None], said: str, *, environ: Mapping[str, str] = {}, cache: str = CACHE,
+         file_limit: Optional[int] = None) -> Process:
     """Start `work` in a child as a script of its own: output to the file `said`, the interpreter's usual end, an exit code.
 
     environ: added to the child's environment. cache: of compiled programs. file_limit: bytes that no file may grow beyond.

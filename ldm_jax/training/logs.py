@@ -1,12 +1,24 @@
 """A run's numbers as JSON lines and TensorBoard events, and its progress on the screen."""
+import contextlib
 import json
 import os
 import sys
+import time
 from typing import Iterator, Mapping, Optional
 
 from tqdm import tqdm
 
-from ldm_jax.types import writes_files
+from ldm_jax.types import UserError, writes_files
+
+
+@contextlib.contextmanager
+def writing(workdir: str):
+    """Raises UserError, naming the directory, for what goes wrong in writing to it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir!r}: {error.strerror or error}; free some space or mend the permissions and "
+                        f"run the same command again, or choose another --workdir") from error
 
 
 class Logs:
@@ -16,41 +28,55 @@ class Logs:
     """
 
     def __init__(self, workdir: Optional[str]):
+        self._workdir, self._stack = workdir, contextlib.ExitStack()
         if workdir is None:
-            self._file = self._events = None
             return
-        from tensorboardX import SummaryWriter
-        self._file = open(os.path.join(workdir, "metrics.jsonl"), "a", buffering=1)
-        self._events = SummaryWriter(workdir)
+        from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter's thread dies of a full disk, and its queue then waits
+        with writing(workdir):
+            self._file = self._stack.enter_context(open(os.path.join(workdir, "metrics.jsonl"), "a", buffering=1))
+            self._events = EventsWriter(os.path.join(workdir, "events"))
+            self._stack.callback(self._events.close)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self._file is None:
+        """Raises UserError when they cannot be written."""
+        if self._workdir is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+        with writing(self._workdir):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._events.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._events.close()
+        with writing(self._workdir):
+            self._stack.close()
 
     def __enter__(self) -> "Logs":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except UserError:
+            if error is None:
+                raise
 
 
 def drop_after(path: str, step: int) -> None:
-    """Remove the lines of a metrics.jsonl beyond `step`, which a resumed run will write again; half-written lines go too."""
+    """Remove the lines of a metrics.jsonl beyond `step`, which a resumed run will write again; half-written lines go too.
+
+    Raises:
+      UserError: when it cannot be written.
+    """
     if not os.path.exists(path):
         return
-    with open(path) as f:
+    with open(path, errors="replace") as f:
         lines = f.readlines()
     kept = list(_until(lines, step))
     if kept != lines:
-        with open(path + ".tmp", "w") as f:
+        with writing(os.path.dirname(path)), open(path + ".tmp", "w") as f:
             f.writelines(kept)
         os.replace(path + ".tmp", path)
 
