@@ -22,9 +22,10 @@ from typing import Callable, FrozenSet, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
+import ldm_jax.run
 from launch.processes import environment, free_port
 from tests.fault_config import KEEP, SAVE_EVERY, STEPS
-from tests.forks import Lost, Process, begun_at, main, metrics, saved_arrays, steps, unfinished, until, wait
+from tests.forks import Lost, Process, begun_at, main, metrics, saved_arrays, steps, unfinished, until, wait, workers
 
 RUNS = {"one": (1, "digits"), "folder": (1, "folder"), "two": (2, "digits")}  # name -> processes, variant of tests/fault_config.py
 
@@ -50,6 +51,7 @@ class Try:
     run: str
     pictures: str
     unbroken: Unbroken
+    started: List[Process] = dataclasses.field(default_factory=list)
 
     @property
     def workdir(self) -> str:
@@ -57,7 +59,9 @@ class Try:
 
     def start(self, *extra: str, run: Optional[str] = None, **options) -> List[Process]:
         """Start the run's processes."""
-        return start(run or self.run, self.folder, self.workdir, self.pictures, *extra, **options)
+        processes = start(run or self.run, self.folder, self.workdir, self.pictures, *extra, **options)
+        self.started.extend(processes)
+        return processes
 
     def until(self, processes: Sequence[Process], condition: Callable[[], bool]) -> None:
         """Wait for a condition; Missed when the run ended first."""
@@ -307,6 +311,24 @@ def picture_spoilt(t: Try, spoilt: Callable[[str, np.random.Generator], str]) ->
     return Struck(f"{os.path.basename(path)} {what} after step {step}")
 
 
+def decode_in_processes() -> None:
+    """What no setting of a recipe does yet."""
+    ldm_jax.run.batches = functools.partial(ldm_jax.run.batches, num_workers=1)
+
+
+def worker_killed(t: Try) -> Struck:
+    (process,) = t.start(first=decode_in_processes)
+    step = t.until_trained([process])
+    found = workers(process)
+    if not found:
+        raise Missed("the worker had ended")
+    os.kill(found[0], signal.SIGKILL)
+    if wait([process]) == [0]:
+        raise Missed("what was read ahead was enough")
+    explained(process, 2, "a process that decodes data was ended by signal 9")
+    return Struck(f"after step {step}")
+
+
 # --- one of two processes
 
 def one_killed(t: Try, index: int) -> Struck:
@@ -348,7 +370,7 @@ class Fault:
 FAULTS = {
     "SIGKILL at any moment": Fault(10, killed_anywhere),
     "SIGKILL in training": Fault(8, killed_in_training),
-    "SIGKILL inside a save": Fault(14, killed_in_a_save),
+    "SIGKILL inside a save": Fault(12, killed_in_a_save),
     "SIGKILL while compiling": Fault(2, killed_compiling),
     "SIGTERM": Fault(8, functools.partial(asked_to_stop, signum=signal.SIGTERM)),
     "SIGINT": Fault(4, functools.partial(asked_to_stop, signum=signal.SIGINT)),
@@ -360,6 +382,7 @@ FAULTS = {
     "disk full": Fault(6, disk_full),
     "data file removed": Fault(3, functools.partial(picture_spoilt, spoilt=remove), "folder"),
     "data file damaged": Fault(2, functools.partial(picture_spoilt, spoilt=overwrite), "folder"),
+    "SIGKILL to a process that decodes": Fault(2, worker_killed),
     "SIGKILL to process 1 of 2": Fault(4, functools.partial(one_killed, index=1), "two"),
     "SIGKILL to process 0 of 2": Fault(3, functools.partial(one_killed, index=0), "two"),
     "SIGSTOP to one of 2": Fault(2, one_stopped, "two"),
@@ -483,6 +506,8 @@ def attempt(campaign: Campaign, number: int, kind: str) -> Tuple[str, str, Optio
             lost = str(problem)
             return "lost", f"{lost} (in {folder})", None
         finally:
+            for process in t.started:
+                process.end()
             if lost is None:
                 if os.path.ismount(t.workdir):
                     subprocess.run(["umount", t.workdir], check=True)

@@ -1,6 +1,8 @@
 """Runs of the command line that begin without their imports: forks of a process that has not yet asked JAX for a device."""
 import atexit
+import contextlib
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -93,13 +95,25 @@ def fork(work: Callable[[], None], said: str, *, environ: Mapping[str, str] = {}
     os._exit(code)  # no further up: what the parent's frames would clean up is not the child's
 
 
-def main(arguments: Sequence[str], said: str, **options) -> Process:
-    """Start `python -m ldm_jax.main` with these arguments; see `fork`."""
+def main(arguments: Sequence[str], said: str, *, first: Callable[[], None] = lambda: None, **options) -> Process:
+    """Start `python -m ldm_jax.main` with these arguments; see `fork`. `first` is called in the child before."""
     def work():
+        first()
         sys.argv[1:] = arguments
         runpy.run_module("ldm_jax.main", run_name="__main__", alter_sys=True)
 
     return fork(work, said, **options)
+
+
+def workers(process: Process) -> List[int]:
+    """The pids of the processes that Python's multiprocessing runs for this one."""
+    found = []
+    for path in glob.glob(f"/proc/{process.pid}/task/*/children"):  # of each thread
+        with contextlib.suppress(OSError), open(path) as children:
+            for pid in children.read().split():
+                with open(f"/proc/{pid}/cmdline") as line:
+                    found += [int(pid)] if "spawn_main" in line.read() else []
+    return found
 
 
 def wait(processes: Sequence[Process], limit: float = LIMIT) -> List[int]:
