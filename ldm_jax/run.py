@@ -1,5 +1,4 @@
 """The modes of the command line as functions of a config and a workdir; a notebook can call them as well."""
-import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +17,7 @@ from ldm_jax.evaluation import evaluate as measurements
 from ldm_jax.evaluation import pictures
 from ldm_jax.parallel.processes import the_first_before, wait_for_all
 from ldm_jax.parallel.sharding import placer, share
+from ldm_jax.training.logs import writing
 from ldm_jax.training.loop import train as train_loop
 from ldm_jax.types import UserError, to_signed, writes_files
 
@@ -61,14 +61,18 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
         cache = stages.latent_cache(directory, source, system.nets["autoencoder"], state.others, flip=flip, say=say)
         return dict(source=cache, flip=False)
 
+    def draw(pipeline, tag):
+        with writing(workdir):
+            return drawing.draw(pipeline, source, workdir, tag)
+
     state = train_loop(
         workdir=workdir, init=system.init, trained=system.trained, loss_fn=system.loss_fn, refresh=system.refresh, steps=steps,
         seed=config["seed"], mesh=mesh, rules=rules, tx=tx, config=config, name=config["system"], warn=say, mark=mark, **section,
         batches=lambda start, state: batches(**examples(state), start=start, **options),
         given=lambda: stages.given(config, workdir, source, system, train=functools.partial(train, mark=mark), say=say),
-        on_save=lambda step, state: drawing.draw(_pipeline(system, state, config, mesh), source, workdir, f"step_{step:07d}"))
+        on_save=lambda step, state: draw(_pipeline(system, state, config, mesh), f"step_{step:07d}"))
     pipeline = _pipeline(system, state, config, mesh)
-    for path in drawing.draw(pipeline, source, workdir, None):
+    for path in draw(pipeline, None):
         say(f"wrote {path}")
     if system.reconstruct is not None and not paths.exists(os.path.join(workdir, "eval.json")):
         _report(workdir, _measure_first_stage(pipeline, recipe.build_source(config["data"], "test"), config["eval"]["real"]))
@@ -94,7 +98,7 @@ def adopt(workdir: str, config: Config) -> None:
                             + "; give a new --workdir, or the settings of that run")
     wait_for_all("read what is there")
     if writes_files():
-        with _writing(workdir):
+        with writing(workdir):
             paths.makedirs(os.path.join(workdir, "samples"))
             paths.write_text(path, json.dumps(_plain(config), indent=2, sort_keys=True))
     wait_for_all("the workdir is this config's")
@@ -105,14 +109,6 @@ def _begun(workdir: str) -> bool:
     directory = os.path.join(workdir, "checkpoints")
     first = os.path.join(workdir, "first_stage")
     return (paths.isdir(directory) and any(name.isdigit() for name in paths.listdir(directory))) or (paths.isdir(first) and _begun(first))
-
-
-@contextlib.contextmanager
-def _writing(workdir: str):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir!r}: {error.strerror or error}; choose another --workdir") from error
 
 
 def _plain(config: Config) -> dict:
@@ -164,7 +160,7 @@ def _where(config: Config) -> Dict[str, Any]:
 def average(workdir: str, stds: Sequence[float], *, step: Optional[int] = None) -> None:
     """Put averages of the relative lengths `stds` together from the snapshots in WORKDIR/averages; see `api.write_average`."""
     for std in stds:
-        with _writing(workdir):
+        with writing(workdir):
             directory, at, error = api.write_average(workdir, std, step=step)
         say(f"wrote {directory}: the average of relative length {std} at step {at}, its profile's relative error {error:.2g}")
 
@@ -226,7 +222,7 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
         edit["mask"] = pictures.read(mask, (H, W), 1)[..., 0] > 127
     if num > collection.PART:
         directory, start = os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}"), time.perf_counter()
-        with _writing(workdir):
+        with writing(workdir):
             new = collection.collect(pipeline, directory, num=num, seed=seed, cond=cond, mark=mark, strength=strength, **edit)
         seconds = time.perf_counter() - start
         say(f"wrote {directory}: {new} new pictures of {num} in {seconds:.1f} s, {new / seconds:.1f} images/s, compilation included")
@@ -234,7 +230,7 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
     start = time.perf_counter()
     images = pipeline.sample(seed, num=num, cond=cond or None, strength=strength, **edit)
     seconds = time.perf_counter() - start
-    with _writing(workdir):
+    with writing(workdir):
         paths.makedirs(os.path.join(workdir, "samples"))
         path = _unused(os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}.png"))
         shown = {name: value for name, value in cond.items() if name != "prompt"}
@@ -298,6 +294,6 @@ def _report(workdir: str, values: Dict[str, float]) -> Dict[str, float]:
     if not writes_files():
         return values
     print(measurements.table(values), flush=True)
-    with _writing(workdir):
+    with writing(workdir):
         paths.write_text(os.path.join(workdir, "eval.json"), json.dumps(values, indent=2))
     return values

@@ -7,6 +7,7 @@ therefore a function of (seed, k, B) alone: the same examples, in the same order
 processes.
 """
 import atexit
+import re
 import weakref
 from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple
 
@@ -41,7 +42,15 @@ class Batches:
             raise ValueError("this iterator of batches has been closed")
         if self._it is None:
             self._it = iter(self._make(self._next))
-        batch = next(self._it)
+        try:
+            batch = next(self._it)
+        except RuntimeError as error:
+            code = re.search(r"[Ww]orker process was terminated unexpectedly with exit code (-?\d+)", str(error))
+            if not code:
+                raise
+            how = f"was ended by signal {-int(code[1])}" if int(code[1]) < 0 else f"ended with code {code[1]}"
+            raise UserError(f"a process that decodes data {how}, as where memory runs out; the same command goes on from the last "
+                            f"checkpoint") from error
         self._next += 1
         return batch
 

@@ -4,6 +4,7 @@ Each step's directory holds the arrays and, as JSON, the position in the data an
 recomputes the fingerprints, so that a flipped bit is found as surely as a missing file; a checkpoint that fails is passed over
 for the newest good one. Nothing is pickled.
 """
+import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -13,11 +14,13 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from ldm_jax import paths
-from ldm_jax.types import Array, PyTree, UserError, to_host
+from ldm_jax.parallel.processes import wait_for_all
+from ldm_jax.types import Array, PyTree, UserError, to_host, writes_files
 
 _STATE = "state"
 
@@ -64,7 +67,8 @@ class Checkpoints:
       read_only: open what is there; nothing is created, cleaned or written.
 
     Raises:
-      UserError: when the directory cannot be written, or for numbers of steps that cannot be.
+      UserError: when the directory cannot be written, or for numbers of steps that cannot be; with read_only, for damaged metrics,
+        which otherwise are removed.
     """
 
     def __init__(self, directory: str, *, keep: Optional[int] = 2, keep_every: int = 0, keep_best: str = "",
@@ -76,6 +80,14 @@ class Checkpoints:
             paths.connect(directory)
         self._good = set()  # steps written or verified by this object; another of the same number is damaged and is replaced
         policy = _kept(keep, keep_every, keep_best)
+        if read_only:
+            for path in _spoilt_metrics(self.directory):
+                raise UserError(f"{path} is damaged; remove it, which harms nothing: training reads it to keep the best checkpoint")
+        else:
+            if writes_files():
+                for path in _spoilt_metrics(self.directory):
+                    path.unlink()  # the arrays may be good, and Orbax would open none of the steps
+            wait_for_all("the metrics of all steps can be read")
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory, cleanup_tmp_directories=not read_only, preservation_policy=policy,
@@ -116,6 +128,8 @@ class Checkpoints:
         for step in self.steps[::-1]:
             with contextlib.suppress(Exception):  # as in `restore`
                 tree = self._checkpointer.checkpointables_metadata(step).metadata[_STATE]
+                if tree is None:  # Orbax says so of some damage
+                    continue
                 return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
         return None
 
@@ -201,6 +215,20 @@ def _kept(keep: Optional[int], keep_every: int, keep_best: str) -> Any:
 
         chosen.append(policies.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False))
     return policies.AnyPreservationPolicy(chosen)
+
+
+def _spoilt_metrics(directory: str) -> List[epath.Path]:
+    """The files of metrics, one for each step, that are no JSON."""
+    def good(path: epath.Path) -> bool:
+        try:
+            json.loads(path.read_text())
+        except (ValueError, FileNotFoundError):  # a step that another process removes meanwhile is not damaged
+            return not path.exists()
+        return True
+
+    files = list(epath.Path(directory).glob("*/metrics/metrics"))
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        return [file for file, fine in zip(files, executor.map(good, files)) if not fine]
 
 
 def _everywhere() -> NamedSharding:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ldm_jax.data import SOURCES, Source, batches, cached
 from ldm_jax.data.base import Field
+from ldm_jax.data.pipeline import Batches
 from ldm_jax.types import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -214,3 +215,17 @@ def test_real_source_end_to_end():
     whole = source.read(range(source.size))
     everything = {image.tobytes(): c for image, c in zip(whole["image"], whole["class"])}
     assert all(everything[image.tobytes()] == c for b in taken for image, c in zip(b["image"], b["class"]))
+
+
+def test_a_decoding_process_that_was_killed_is_said():
+    """Grain's own words for it, which have no line of their own elsewhere; other errors pass."""
+    def make(said):
+        def of(first):
+            raise RuntimeError(said)
+            yield
+        return of
+
+    with pytest.raises(UserError, match="ended by signal 9.*goes on from the last checkpoint"):
+        next(Batches(make("Worker process was terminated unexpectedly with exit code -9. Search the logs"), 0))
+    with pytest.raises(RuntimeError, match="else"):
+        next(Batches(make("something else"), 0))

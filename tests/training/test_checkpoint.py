@@ -100,6 +100,15 @@ def test_a_step_is_asked_for_and_later_ones_are_dropped(tmp_path):
         assert checkpoints.steps == [1]
 
 
+def test_what_is_saved_is_read_from_a_step_that_can_say_it(tmp_path):
+    write(tmp_path / "c")
+    cut(tmp_path / "c" / "2" / "state" / "_sharding")
+    with Checkpoints(str(tmp_path / "c"), read_only=True) as checkpoints:
+        saved = checkpoints.saved()
+        assert saved["others"]["scale"].shape == (4,)
+        equal(checkpoints.load(2, saved)[0]["params"], some_state(2).params)
+
+
 @pytest.mark.parametrize("options", [dict(keep=0), dict(keep_every=-1)])
 def test_numbers_of_steps_that_cannot_be(tmp_path, options):
     with pytest.raises(UserError, match="at least"):
@@ -133,6 +142,25 @@ def test_damage_is_found_and_passed_over(tmp_path, damage):
         checkpoints.save(2, some_state(5), {"next_index": 20})  # the run goes on and replaces the damaged one
         checkpoints.wait()
         assert checkpoints.restore(abstract(some_state()), warn=pytest.fail)[0] == 2
+
+
+def test_damaged_metrics_do_not_cost_a_checkpoint(tmp_path):
+    """They are only there to keep the best; a step whose metrics cannot be read is one that was saved without."""
+    options = dict(keep=1, keep_best="loss")
+    with Checkpoints(tmp_path / "c", **options) as checkpoints:
+        for step, loss in [(1, 0.1), (2, 0.2), (3, 0.3)]:
+            checkpoints.save(step, some_state(step), {"next_index": step}, metrics={"loss": loss})
+    path = tmp_path / "c" / "3" / "metrics" / "metrics"
+    path.write_bytes(b"\x8d{")
+    with pytest.raises(UserError, match="3/metrics/metrics is damaged; remove it"):
+        Checkpoints(tmp_path / "c", read_only=True)
+    with Checkpoints(tmp_path / "c", **options) as checkpoints:
+        step, state, _ = checkpoints.restore(abstract(some_state()), warn=pytest.fail)
+        assert step == 3 and checkpoints.steps == [1, 3]
+        equal(state, some_state(3))
+        checkpoints.save(4, some_state(4), {"next_index": 4}, metrics={"loss": 0.4})
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 4]  # the best is still known
 
 
 def test_nothing_readable_is_an_error_and_nothing_there_is_none(tmp_path):
