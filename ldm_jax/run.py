@@ -61,6 +61,15 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
         cache = stages.latent_cache(directory, source, system.nets["autoencoder"], state.others, flip=flip, say=say)
         return dict(source=cache, flip=False)
 
+    made = []
+
+    def pipeline_of(state):
+        """Of the run as it is now; what one of them has compiled the next need not."""
+        params = {**state.ema, **state.others}
+        if not made:
+            made.append(dataclasses.replace(api.pipeline(system, params, config), mesh=mesh))
+        return made[0].with_params(params)
+
     def draw(pipeline, tag):
         with writing(workdir):
             return drawing.draw(pipeline, source, workdir, tag)
@@ -70,17 +79,13 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
         seed=config["seed"], mesh=mesh, rules=rules, tx=tx, config=config, name=config["system"], warn=say, mark=mark, **section,
         batches=lambda start, state: batches(**examples(state), start=start, **options),
         given=lambda: stages.given(config, workdir, source, system, train=functools.partial(train, mark=mark), say=say),
-        on_save=lambda step, state: draw(_pipeline(system, state, config, mesh), f"step_{step:07d}"))
-    pipeline = _pipeline(system, state, config, mesh)
+        on_save=lambda step, state: draw(pipeline_of(state), f"step_{step:07d}"))
+    pipeline = pipeline_of(state)
     for path in draw(pipeline, None):
         say(f"wrote {path}")
     if system.reconstruct is not None and not paths.exists(os.path.join(workdir, "eval.json")):
         _report(workdir, _measure_first_stage(pipeline, recipe.build_source(config["data"], "test"), config["eval"]["real"]))
     return pipeline
-
-
-def _pipeline(system, state, config: Config, mesh) -> api.Pipeline:
-    return dataclasses.replace(api.pipeline(system, {**state.ema, **state.others}, config), mesh=mesh)
 
 
 def adopt(workdir: str, config: Config) -> None:

@@ -52,6 +52,10 @@ class Pipeline:
         """The same with other `defaults`."""
         return self._with(defaults={**self.defaults, **changes})
 
+    def with_params(self, params: Mapping[str, PyTree]) -> "Pipeline":
+        """The same with other `params`."""
+        return self._with(params=params)
+
     def _with(self, **changes: Any) -> "Pipeline":
         """The same with other params or defaults, and with what has been compiled already."""
         other = dataclasses.replace(self, **changes)

@@ -94,33 +94,6 @@ def test_sample_and_eval(finished):
     assert values["real test images labelled right, by the same"] > 0.95
 
 
-def test_killed_at_any_moment_it_ends_as_if_never_killed(finished, tmp_path):
-    """SIGKILL after start-up, in training and around saves; the final state is that of the unbroken run, bit for bit."""
-    workdir = tmp_path / "killed"
-    line, kills = command(*RUN, f"--workdir={workdir}"), 0
-    for seconds_after_start in (0.0, 0.3, 0.05, 0.6):
-        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        written = (workdir / "metrics.jsonl").stat().st_size if (workdir / "metrics.jsonl").exists() else 0
-        while process.poll() is None:  # wait until this start has logged steps of its own, that is, until it trains
-            size = (workdir / "metrics.jsonl").stat().st_size if (workdir / "metrics.jsonl").exists() else 0
-            if size > written:
-                time.sleep(seconds_after_start)
-                break
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 1
-    result = main(*RUN, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    (step, mine), (reference_step, reference) = parameters(workdir), parameters(finished[0])
-    assert step == reference_step == 20
-    jax.tree.map(np.testing.assert_array_equal, mine, reference)
-    steps = [json.loads(line)["step"] for line in open(workdir / "metrics.jsonl")]
-    assert steps == sorted(set(steps))
-
-
 def test_asked_to_stop_it_saves_and_goes_on(tmp_path):
     workdir = tmp_path / "stopped"
     long = ("--config.train.steps=100000", "--config.train.log_every=5")
