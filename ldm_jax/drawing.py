@@ -8,7 +8,7 @@ import numpy as np
 from ldm_jax import api, recipe
 from ldm_jax.data.captions import tokenized
 from ldm_jax.evaluation import pictures
-from ldm_jax.types import UserError, example_keys, fold_in, to_signed, to_unit
+from ldm_jax.types import UserError, example_keys, fold_in, to_host, to_signed, to_unit
 
 
 def draw(pipeline: api.Pipeline, source, workdir: str, tag: Optional[str]) -> List[str]:
@@ -93,7 +93,7 @@ def in_parts(f, pipeline: api.Pipeline, images: np.ndarray, size: int = 250) -> 
     run, out = jax.jit(f), []
     for start in range(0, len(images), size):
         ids = np.minimum(np.arange(start, start + min(size, len(images))), len(images) - 1)
-        out.append(np.asarray(run(pipeline.params, images[ids])))
+        out.append(to_host(run(pipeline.params, images[ids])))
     return np.concatenate(out)[:len(images)]
 
 

@@ -19,7 +19,7 @@ from ldm_jax.parallel.processes import the_first_before, wait_for_all
 from ldm_jax.parallel.sharding import placer, share
 from ldm_jax.training.logs import writing
 from ldm_jax.training.loop import train as train_loop
-from ldm_jax.types import UserError, to_signed, writes_files
+from ldm_jax.types import UserError, to_host, to_signed, writes_files
 
 Config = Mapping[str, Any]
 
@@ -280,7 +280,7 @@ def _measure_classifier(pipeline: api.Pipeline, test: Mapping[str, np.ndarray]) 
     """The accuracy on noisy test images, times and noise drawn as in training."""
     loss_fn = jax.jit(pipeline.system.loss_fn)
     size = min(100, len(test["image"]))
-    parts = [loss_fn(pipeline.params, {name: a[i:i + size] for name, a in test.items()}, jax.random.key(i))[1]
+    parts = [to_host(loss_fn(pipeline.params, {name: a[i:i + size] for name, a in test.items()}, jax.random.key(i))[1])
              for i in range(0, len(test["image"]) - size + 1, size)]
     names = {"accuracy": "noisy test images labelled right", "accuracy_early": "those of t < 1/2 labelled right"}
     return {name: float(np.mean([np.mean(part[short]) for part in parts])) for short, name in names.items()}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.systems.base import Codec, System, diffusion
-from ldm_jax.types import Array, PyTree, UserError, to_signed
+from ldm_jax.types import Array, PyTree, UserError, to_host, to_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure(autoencoder: Any, params: PyTree, batches: Iterable[Array], key: Arr
         return jnp.mean(z, (0, 1, 2)), jnp.mean(z**2, (0, 1, 2))
 
     sums = [moments(params, image, jax.random.fold_in(key, i)) for i, image in enumerate(batches)]
-    first, second = (np.mean(np.asarray(m, np.float64), axis=0) for m in zip(*sums))
+    first, second = (np.mean(np.asarray(m, np.float64), axis=0) for m in zip(*to_host(sums)))
     variance = second - first**2
     variance = np.full_like(variance, np.mean(variance)) if autoencoder.codes else variance
     return {"shift": jnp.asarray(first, jnp.float32), "scale": jnp.asarray(np.sqrt(variance), jnp.float32)}

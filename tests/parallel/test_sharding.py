@@ -16,7 +16,8 @@ from ldm_jax.training.loop import compiled_step, placed_state, train_step
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 
-MESHES = {"alone": (1,), "data": (8,), "fsdp": (1, 8), "sequence": (1, 1, 8), "tensor": (1, 1, 1, 8), "mixed": (2, 2, 1, 2)}
+# of four devices: XLA's collectives on a CPU can wait for each other for ever where the devices are many more than the cores
+MESHES = {"alone": (1,), "data": (4,), "fsdp": (1, 4), "sequence": (1, 1, 4), "tensor": (1, 1, 1, 4), "mixed": (1, 2, 1, 2)}
 
 
 def diffusing(net):
@@ -77,7 +78,7 @@ def test_no_mesh_changes_the_numbers(name, mesh):
     again, others, held = trained(name, MESHES[mesh])
     np.testing.assert_allclose(losses, again, rtol=2e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), others, trees)
-    assert held < {"data": 1.01, "sequence": 1.01, "fsdp": 0.2, "tensor": 0.45, "mixed": 0.45}[mesh]
+    assert held < {"data": 1.01, "sequence": 1.01, "fsdp": 0.35, "tensor": 0.45, "mixed": 0.45}[mesh]
 
 
 def test_default_rules_split_blocks_by_columns_then_rows():
