@@ -14,7 +14,7 @@ from ldm_jax.types import UserError
 from tests.conftest import ROOT
 from tests.runs import command, environment, main, mains
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 RUN = ("--config=configs/digits.py:smoke", "--config.net.name=dit", "--config.train.averages.stds=0.05,0.1",
        "--config.train.averages.every=2", "--config.train.save_every=5", "--config.train.log_every=5", "--config.train.keep=1",

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.runs import environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SHORT = ["half of a checkpoint removed", "SIGKILL inside a save", "disk full", "SIGKILL to process 1 of 2"]
 

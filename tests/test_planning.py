@@ -5,7 +5,7 @@ import pytest
 
 from tests.runs import mains
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 RUN = ("--config=configs/digits.py:smoke", "--config.net.name=dit", "--dry-run")
 
 

@@ -226,6 +226,6 @@ def test_a_decoding_process_that_was_killed_is_said():
         return of
 
     with pytest.raises(UserError, match="ended by signal 9.*goes on from the last checkpoint"):
-        next(Batches(make("Worker process was terminated unexpectedly with exit code -9. Search the logs"), 0))
+        next(Batches(make("Worker process was terminated unexpectedly with exit code -9. Search the logs"), 0, None))
     with pytest.raises(RuntimeError, match="else"):
-        next(Batches(make("something else"), 0))
+        next(Batches(make("something else"), 0, None))

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.runs import command, environment, main
 from tests.test_main import DIGITS, parameters
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 RUN = (DIGITS, "--config.net.name=dit", "--config.train.save_every=5", "--config.train.log_every=5",
        "--config.optimizer.decay=constant", "--process_timeout=5")
 

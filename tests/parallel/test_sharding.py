@@ -38,7 +38,8 @@ SYSTEMS = {
     "autoencoder": lambda: systems.autoencoding(models.AUTOENCODERS["kl"]((8, 8, 3), factor=2, width=16, mults=(1, 2), num_res_blocks=1,
                                                                           latent_channels=2), image_shape=(8, 8, 3)),
 }
-CASES = [*(("dit", mesh) for mesh in ("data", "fsdp", "sequence", "tensor", "mixed")), ("unet", "mixed"), ("autoencoder", "mixed")]
+CASES = [*(("dit", mesh) for mesh in ("data", "fsdp", "sequence", "tensor", "mixed")),
+         *(pytest.param(net, "mixed", marks=pytest.mark.long) for net in ("unet", "autoencoder"))]
 
 
 @functools.lru_cache(maxsize=None)

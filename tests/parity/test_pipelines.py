@@ -116,7 +116,7 @@ def test_refusals(tmp_path):
         with pytest.raises(UserError, match=message):
             ldm_jax.load(str(tmp_path))
     path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match="unknown override 'step'; choose from: batch_size, dtype"):
-        ldm_jax.load(str(tmp_path), step=3)
+    with pytest.raises(UserError, match="unknown override 'stepz'; choose from: batch_size, dtype"):
+        ldm_jax.load(str(tmp_path), stepz=3)
     with pytest.raises(UserError, match="this model takes no condition"):
         ldm_jax.load(str(tmp_path)).sample(0, 1, cond=["a cat"], steps=1)

@@ -34,6 +34,7 @@ def lines_of(workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_a_bucket(bucket, tmp_path):
     """Killed while its first checkpoint is written, it goes on and ends with the parameters of a local run, and is used from there."""
     workdir, here = f"{bucket}/run", str(tmp_path / "run")

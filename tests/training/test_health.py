@@ -123,7 +123,7 @@ def test_a_system_without_times_or_without_mse():
 def test_groups_of_numbers_are_one_key_of_a_line_and_many_events(tmp_path):
     line, seen = {"loss": 1.0, "grad_norms": {"net/a": 2.0, "net/b": 3.0}}, []
     with Logs(str(tmp_path)) as logs:
-        logs._events.add_scalar = lambda *event: seen.append(event)
+        logs._events.write_event = lambda event: seen.extend((value.tag, value.simple_value, event.step) for value in event.summary.value)
         logs.scalars(7, line)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 7, **line}
     assert seen == [("loss", 1.0, 7), ("grad_norms/net/a", 2.0, 7), ("grad_norms/net/b", 3.0, 7)]
