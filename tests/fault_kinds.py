@@ -102,7 +102,8 @@ def kill(processes: Sequence[Process]) -> None:
 def explained(process: Process, code: int, *says: str, threads: bool = False) -> None:
     """The exit code, and in the last two lines an error that says this; no traceback, but for what threads of Orbax print before it."""
     text = process.said()
-    last = " ".join([line for line in text.strip().splitlines() if line.strip()][-2:])
+    # Python's own tracker of resources speaks after a run whose workers were killed
+    last = " ".join([line for line in text.strip().splitlines() if line.strip() and "resource_tracker" not in line][-2:])
     if process.code != code:
         raise Lost(f"exit code {process.code} in place of {code}: {last[-300:]}")
     if "Traceback" in text and not threads:
@@ -168,7 +169,7 @@ def asked_to_stop(t: Try, signum: int) -> Struck:
     saved = steps(t.workdir)[-1]
     for process in processes:
         text = process.said()
-        if f"stopped by {signal.Signals(signum).name} after step {saved}, which is saved" not in text or "Traceback" in text:
+        if f"stopped by {signal.Signals(signum).name} after step {saved}, saved in " not in text or "Traceback" in text:
             raise Lost(f"the newest checkpoint is {saved}, and it says: {text[-300:]}")
     if saved < step:
         raise Lost(f"asked after step {step}, and the newest checkpoint is {saved}")
