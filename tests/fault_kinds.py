@@ -255,7 +255,7 @@ def all_damaged(t: Try) -> Struck:
     before = {step: digest(t.workdir, step) for step in there}
     (process,) = t.start()
     wait([process])
-    explained(process, 2, "none of the checkpoints", t.workdir)
+    explained(process, 2, "none of the checkpoints", t.workdir, threads=True)
     if before != {step: digest(t.workdir, step) for step in steps(t.workdir)}:
         raise Lost("the damaged checkpoints were changed")
     back = int(t.rng.choice(there))

@@ -77,10 +77,17 @@ class RollCall:
             self._tell(self._hub, left=True, reason=reason, code=code)
         for peer in list(self._peers.values()):
             self._send(peer.connection, {"left": True, "verdict": reason and f"{self.name} stopped: {reason}", "code": code})
+        if reason:
+            self._let_them_read()
 
     def wait_for_verdict(self) -> None:
         """Give the watch the time that it takes to say which other process caused a failure here; it ends this process if one did."""
         time.sleep(self.timeout + 2 * BEAT if self._hub is not None or self._peers else 0)
+
+    def _let_them_read(self) -> None:
+        """A connection that ends with something unread takes what was sent last with it."""
+        if self._peers or self._hub is not None:
+            time.sleep(BEAT)
 
     def _tell(self, connection: socket.socket, **more) -> None:
         self._send(connection, {"process": self.index, "name": self.name, "step": self._step, "marks": self._marks, **more})
@@ -100,6 +107,8 @@ class RollCall:
             self._send(peer.connection, {"verdict": verdict, "code": code})
         print(f"\nerror: {verdict}" + ("; process " + str(self.index) + " ends, and the same command goes on from the last checkpoint"
                                      if code == LOST else ""), file=sys.stderr, flush=True)
+        if self._peers:
+            self._let_them_read()
         os._exit(code)  # the main thread waits in a collective operation that will never end
 
     def _report(self) -> None:
