@@ -179,6 +179,7 @@ def test_an_unwritable_workdir(tmp_path):
     refused(main(DIGITS, f"--workdir={tmp_path / 'file' / 'run'}"), "cannot write", "choose another --workdir")
 
 
+@pytest.mark.long
 def test_a_full_workdir(tmp_path):
     """No file may grow beyond 64 KiB, which is how a full disk looks to a checkpoint."""
     result = main(*RUN, f"--workdir={tmp_path / 'run'}", shell_prefix="ulimit -f 128",
@@ -186,6 +187,7 @@ def test_a_full_workdir(tmp_path):
     refused(result, "could not be written", "to go on", threads=True)
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint(finished, tmp_path):
     workdir = copy(finished, tmp_path)
     flip(arrays_of(workdir / "checkpoints", 20))

@@ -106,6 +106,7 @@ def test_latents_of_another_autoencoder_are_refused(finished, tmp_path):
     assert index["stamp"]["autoencoder"] in result.stderr
 
 
+@pytest.mark.long
 def test_stages_from_elsewhere(finished, tmp_path):
     workdir, _ = finished
     result = main(CIFAR, f"--workdir={tmp_path / 'second'}", *TINY, f"--config.first_stage_dir={workdir / 'first_stage'}",
@@ -142,6 +143,7 @@ def test_a_first_stage_is_evaluated_but_samples_nothing(finished):
     assert refused.returncode == 2 and "first stage" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_codebook_in_place_of_the_kl_term(tmp_path):
     result = main(VQ, f"--workdir={tmp_path}", *TINY)
     assert result.returncode == 0, result.stderr
