@@ -57,7 +57,7 @@ class Processes:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("signum, says, within", [(signal.SIGKILL, "died", 2.0), (signal.SIGSTOP, "silent for 3 s", 6.0)])
+@pytest.mark.parametrize("signum, says, within", [(signal.SIGKILL, "died", 5.0), (signal.SIGSTOP, "silent for 3 s", 9.0)])
 def test_a_process_that_dies_or_stops_ends_the_others(tmp_path, victim, signum, says, within):
     run = Processes(tmp_path, 3)
     run.all[victim].send_signal(signum)
