@@ -25,8 +25,9 @@ def collect(pipeline: Pipeline, directory: str, *, num: int, seed: int, cond: Op
     Picture i is the one that `pipeline.sample(seed, num, cond)` makes. Files that are there are kept, so that an interrupted call goes on
     where it was; of several processes the first writes. Where classes are asked for, labels.npy holds them.
     """
+    told = b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves((cond, options)))
     stamp = {"params": tree_hash(pipeline.params), "sampler": {**pipeline.defaults}, "seed": seed, "num": num,
-             "cond": hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(cond))).hexdigest()[:16]}
+             "condition or picture": hashlib.sha256(told).hexdigest()}
     _adopt(directory, json.loads(json.dumps(stamp)))
     keys, new = example_keys(jax.random.key(seed), num), 0
     starts = [start for start in range(0, num, PART) if not _complete(_path(directory, start), min(PART, num - start))]
