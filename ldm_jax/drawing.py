@@ -8,6 +8,7 @@ import numpy as np
 from ldm_jax import api, recipe
 from ldm_jax.data.captions import tokenized
 from ldm_jax.evaluation import pictures
+from ldm_jax.machine import compiler_options
 from ldm_jax.types import UserError, example_keys, fold_in, to_host, to_signed, to_unit
 
 
@@ -90,7 +91,7 @@ def reconstruct(pipeline: api.Pipeline, images: np.ndarray) -> np.ndarray:
 
 def in_parts(f, pipeline: api.Pipeline, images: np.ndarray, size: int = 250) -> np.ndarray:
     """f(params, images) in parts of one size, the last one padded."""
-    run, out = jax.jit(f), []
+    run, out = jax.jit(f, compiler_options=compiler_options()), []
     for start in range(0, len(images), size):
         ids = np.minimum(np.arange(start, start + min(size, len(images))), len(images) - 1)
         out.append(to_host(run(pipeline.params, images[ids])))

@@ -54,8 +54,9 @@ def main(argv):
     if FLAGS.devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/ldm_jax/compiled"))
+    from ldm_jax import machine
+    machine.use_compilation_cache()
+    machine.keep_freed_memory()
     from ldm_jax.parallel import processes
     from ldm_jax.training.loop import Interrupted
     call = None

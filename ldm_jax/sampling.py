@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax import process
+from ldm_jax.machine import compiler_options
 from ldm_jax.models.lora import Lora
 from ldm_jax.parallel.sharding import batch_parts, batch_sharding, place
 from ldm_jax.published import Published
@@ -45,7 +46,7 @@ class Pipeline:
     def __post_init__(self):
         if self.system.sample is not None:
             object.__setattr__(self, "_sample", jax.jit(
-                functools.partial(_sample, self.system.sample),
+                functools.partial(_sample, self.system.sample), compiler_options=compiler_options(),
                 static_argnames=("classify", "sampler", "static", "grid", "capacity", "trajectory", "begun", "decoded")))
 
     def with_defaults(self, **changes: Any) -> "Pipeline":

@@ -10,6 +10,7 @@ import numpy as np
 from ldm_jax import api, paths
 from ldm_jax.data.base import Source, spatial
 from ldm_jax.data.latents import are_there, open_latents, rows_of, write_latents
+from ldm_jax.machine import compiler_options
 from ldm_jax.parallel.processes import wait_for_all
 from ldm_jax.parallel.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.systems.latent import measure
@@ -143,7 +144,7 @@ def latent_cache(directory: str, source: Source, autoencoder: Any, params: Mappi
         mesh = make_mesh(devices=jax.local_devices())
         sharded, share = batch_sharding(mesh), (jax.process_index(), jax.process_count())
         first, end = rows_of(share, size)
-        encode = jax.jit(lambda params, image: autoencoder.posterior(params, to_signed(image)),
+        encode = jax.jit(lambda params, image: autoencoder.posterior(params, to_signed(image)), compiler_options=compiler_options(),
                          in_shardings=(replicated(mesh), sharded), out_shardings=sharded)
         weights = jax.device_put(to_host(params["autoencoder"]), replicated(mesh))
         count = -(-ENCODED_AT_ONCE // mesh.size) * mesh.size

@@ -10,23 +10,24 @@ from tests.conftest import ROOT
 
 PACKAGE = os.path.join(ROOT, "ldm_jax")
 ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own and types
-    "process": set(), "models": set(), "data": set(), "parallel": set(), "training": {"parallel"}, "evaluation": set(),
+    "process": set(), "models": set(), "data": set(), "parallel": set(), "training": {"parallel", "machine"}, "evaluation": set(),
     "systems": {"process", "models"},
     "weights": set(),
-    "types.py": set(), "paths.py": set(),
+    "types.py": set(), "paths.py": set(), "machine.py": set(),
     "recipe.py": {"process", "models", "data", "systems", "parallel", "training", "weights", "pipelines"},
     "planning.py": {"recipe", "parallel", "training"},
-    "sampling.py": {"process", "models", "systems", "exporting", "lora", "published", "parallel"},
+    "sampling.py": {"process", "models", "systems", "exporting", "lora", "published", "parallel", "machine"},
     "api.py": {"sampling", "recipe", "training", "parallel", "pipelines"},
     "pipelines": {"process", "models", "data", "systems", "weights", "published", "sampling"},
     "published.py": {"models", "weights"}, "exporting.py": {"models", "published", "weights"},
     "lora.py": {"models", "published", "weights"},
     "collection.py": {"sampling", "evaluation", "parallel", "training"},
     "run.py": {"api", "collection", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "parallel", "training"},
-    "drawing.py": {"api", "recipe", "data", "evaluation"},
-    "stages.py": {"api", "data", "systems", "parallel", "training"},
+    "drawing.py": {"api", "recipe", "data", "evaluation", "machine"},
+    "stages.py": {"api", "data", "systems", "parallel", "training", "machine"},
     "command_line.py": set(),
-    "main.py": {"command_line", "run", "planning", "parallel", "training"}, "__init__.py": set(),
+    "main.py": {"command_line", "run", "planning", "parallel", "training", "machine"},
+    "benchmark": {"machine", "models", "parallel", "process", "sampling", "systems", "training", "data", "recipe", "api"}, "__init__.py": set(),
 }
 FILES = [os.path.relpath(os.path.join(d, f), PACKAGE) for d, _, names in os.walk(PACKAGE) for f in names if f.endswith(".py")]
 

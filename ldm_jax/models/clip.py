@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ldm_jax.models import layers
 from ldm_jax.models.init import initialise, spread
-from ldm_jax.models.layers import LayerNorm, attention, dense, heads_of
+from ldm_jax.models.layers import LayerNorm, attention, dense, heads_of, written
 from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
@@ -68,10 +68,10 @@ class Block(nn.Module):
         inner = self.num_heads * (self.head_width or D // self.num_heads)
         q, k, v = (dense(inner, n, self.dtype, self.qkv_bias, _inward)(h).reshape(B, S, self.num_heads, -1) for n in "qkv")
         h = attention(q, k, v, mask, self.impl).reshape(B, S, inner)
-        x = x + dense(D, "out", self.dtype, init=outward)(h)
+        x = written(x + dense(D, "out", self.dtype, init=outward)(h))
         h = LayerNorm(self.eps, dtype=self.dtype, name="norm_2")(x)
         h = dense(self.mlp_width, "mlp_in", self.dtype, init=spread(lambda shape: (2 * D) ** -0.5))(h)
-        x = x + dense(D, "mlp_out", self.dtype, init=outward)(ACTIVATIONS[self.activation](h))
+        x = written(x + dense(D, "mlp_out", self.dtype, init=outward)(ACTIVATIONS[self.activation](h)))
         return x, x if keep else None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ldm_jax.models import layers
 from ldm_jax.models.init import small, zeros
-from ldm_jax.models.layers import CrossAttention, LayerNorm, RMSNorm, attention, dense, heads_of
+from ldm_jax.models.layers import CrossAttention, LayerNorm, RMSNorm, attention, dense, heads_of, written
 from ldm_jax.models.net import Net
 from ldm_jax.types import Array, Cond, UserError, lookup
 
@@ -102,10 +102,10 @@ class Block(nn.Module):
         if self.upcast:
             q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         h = dense(D, "out", self.dtype)(attention(q, k, v, impl=self.impl).reshape(B, S, D))
-        x = x + gate_1 * h
+        x = written(x + gate_1 * h)
         if context is not None:
             cross = CrossAttention(self.num_heads, self.impl, use_bias=True, zero_out=True, dtype=self.dtype, name="cross")
-            x = x + cross(x, context, mask)
+            x = written(x + cross(x, context, mask))
 
         h = norm("norm_2", *self.norm_2)(x) * (1 + scale_2) + shift_2
         h = dense(self.mlp_width * (2 if gated else 1), "mlp_in", self.dtype)(h)
@@ -115,7 +115,7 @@ class Block(nn.Module):
         else:
             h = act(h)
         h = nn.Dropout(self.dropout, deterministic=not train, name="dropout")(h)
-        return x + gate_2 * dense(D, "mlp_out", self.dtype)(h), None
+        return written(x + gate_2 * dense(D, "mlp_out", self.dtype)(h)), None
 
 
 def embed(time: Array, cond: Cond, width: int, num_classes: Optional[int], shift: float, dtype: Any) -> Array:

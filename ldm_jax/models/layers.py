@@ -206,6 +206,15 @@ def heads_of(channels: int, num_heads: int, head_width: Optional[int]) -> int:
     return heads
 
 
+def written(x: Array) -> Array:
+    """x, computed once and put into memory, and so is its gradient.
+
+    For the sums of residual branches. XLA's CPU compiler computes a sum anew in each place that reads it, and thereby the whole chain
+    of sums before it, in every block of a network. Compilers of accelerators do not, and are left alone.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
 def conv(features: int, name: str, dtype, kernel: int = 3, stride: int = 1, padding="SAME", init=fan_avg) -> nn.Conv:
     """A square convolution; padding SAME at stride 2 and even size pads on the right and below only."""
     return nn.Conv(features, (kernel, kernel), (stride, stride), padding, dtype=dtype, kernel_init=init, name=name)
@@ -295,7 +304,7 @@ class ResBlock(nn.Module):
         x = resize(x)
         if x.shape[-1] != self.features or self.project:
             x = dense(self.features, "skip", self.dtype)(x)
-        return divided(x + h, self.scale)
+        return written(divided(x + h, self.scale))
 
 
 def divided(x: Array, scale: float) -> Array:
@@ -324,7 +333,7 @@ class AttentionBlock(nn.Module):
         h, inner = h.reshape(B, H * W, C), self.inner or C
         q, k, v = (dense(inner, n, self.dtype)(h).reshape(B, H * W, self.num_heads, -1) for n in ("q", "k", "v"))
         h = attention(q, k, v, impl=self.impl).reshape(B, H, W, inner)
-        return divided(x + dense(C, "out", self.dtype, init=zeros if self.zero_out else fan_avg)(h), self.scale)
+        return written(divided(x + dense(C, "out", self.dtype, init=zeros if self.zero_out else fan_avg)(h), self.scale))
 
 
 class CrossAttention(nn.Module):

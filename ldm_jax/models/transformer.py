@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.models.init import zeros
-from ldm_jax.models.layers import CrossAttention, GroupNorm, LayerNorm, dense
+from ldm_jax.models.layers import CrossAttention, GroupNorm, LayerNorm, dense, written
 from ldm_jax.types import Array
 
 
@@ -24,10 +24,10 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: Array, context: Optional[Array] = None, mask: Optional[Array] = None) -> Array:
         norm = lambda name: LayerNorm(1e-5, dtype=self.dtype, name=name)
         attend = lambda name: CrossAttention(self.num_heads, self.impl, dtype=self.dtype, upcast=self.upcast, name=name)
-        x = x + attend("self_attention")(norm("norm_1")(x), context if self.only_cross else None)
-        x = x + attend("cross_attention")(norm("norm_2")(x), context, mask)
+        x = written(x + attend("self_attention")(norm("norm_1")(x), context if self.only_cross else None))
+        x = written(x + attend("cross_attention")(norm("norm_2")(x), context, mask))
         value, gate = jnp.split(dense(8 * x.shape[-1], "ff_in", self.dtype)(norm("norm_3")(x)), 2, -1)
-        return x + dense(x.shape[-1], "ff_out", self.dtype)(value * nn.gelu(gate, approximate=False))
+        return written(x + dense(x.shape[-1], "ff_out", self.dtype)(value * nn.gelu(gate, approximate=False)))
 
 
 class SpatialTransformer(nn.Module):
@@ -49,4 +49,4 @@ class SpatialTransformer(nn.Module):
         for i in range(self.depth):
             h = TransformerBlock(self.num_heads, self.impl, self.dtype, self.only_cross, self.upcast,
                                  name=f"block_{i}")(h, context, mask)
-        return x + dense(C, "project_out", self.dtype, init=zeros)(h).reshape(x.shape)
+        return written(x + dense(C, "project_out", self.dtype, init=zeros)(h).reshape(x.shape))

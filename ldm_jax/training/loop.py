@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ldm_jax.machine import compiler_options
 from ldm_jax.parallel.sharding import Rules, batch_parts, check_rules, check_sequence, in_parts, place, replicated, shardings
 from ldm_jax.parallel.signals import asking, watch_signals
 from ldm_jax.training import health, nonfinite
@@ -127,7 +128,7 @@ def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, good: A
     arguments = (state, batch, key, good, asked)
     mesh = asked.sharding.mesh
     with jax.set_mesh(mesh):
-        return jax.jit(run, donate_argnums=0, in_shardings=tuple(map(of, arguments)),
+        return jax.jit(run, donate_argnums=0, compiler_options=compiler_options(), in_shardings=tuple(map(of, arguments)),
                        out_shardings=(of(state), replicated(mesh))).lower(*arguments).compile()
 
 

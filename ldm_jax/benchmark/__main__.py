@@ -1,0 +1,90 @@
+"""Speed on this machine, alone or beside PyTorch:
+
+    python -m ldm_jax.benchmark [--suite=train,sample,compile,input,checkpoint] [--net=dit_s2,...] [--peer=torch] [--out=FILE.json]
+
+Prints a table and writes JSON with device, versions and commit. Peers take turns with us in one run; a ratio is of a pair of turns,
+ours above 1 being the faster, its median with the smallest and the largest. Without --net the networks are those that the machine can bear.
+"""
+import datetime
+import os
+import re
+import sys
+
+from absl import app, flags
+
+from ldm_jax.types import UserError
+
+SUITES = ("train", "sample", "compile", "input", "checkpoint")
+PEERS = {"": (), "torch": ("torch eager", "torch compiled"), "torch-eager": ("torch eager",)}
+flags.DEFINE_list("suite", list(SUITES), f"What to measure: {', '.join(SUITES)}.")
+flags.DEFINE_list("net", None, "Which networks, rows of nets.CASES.")
+flags.DEFINE_enum("peer", "", list(PEERS), "Beside whom: torch runs eagerly and compiled, and the better of the two counts.")
+flags.DEFINE_integer("rounds", 5, "How often each call is timed.", lower_bound=1)
+flags.DEFINE_integer("steps", 10, "Of the sampler.", lower_bound=1)
+flags.DEFINE_integer("batch", None, "Instead of the networks' own.", lower_bound=1)
+flags.DEFINE_string("out", None, "The JSON file; by default benchmarks/results/DEVICE_DATE.json.")
+FLAGS = flags.FLAGS
+
+
+def measure() -> str:
+    """Run the suites asked for; returns the path of the JSON."""
+    from ldm_jax import machine
+    machine.keep_freed_memory()
+    from ldm_jax.benchmark import nets, report
+    from ldm_jax.benchmark.settings import Settings
+    suites = {name: suite(name) for name in FLAGS.suite}
+    asked = None if FLAGS.net is None else tuple(FLAGS.net)
+    settings = Settings(rounds=FLAGS.rounds, steps=FLAGS.steps, batch=FLAGS.batch, asked=asked, peer=peer(), peer_labels=PEERS[FLAGS.peer])
+    chosen = asked or (nets.ON_CPU if settings.cpu else tuple(nets.CASES))
+    unknown = sorted(set(chosen) - set(nets.CASES))
+    if unknown:
+        raise UserError(f"unknown net {unknown[0]!r}; choose from: {', '.join(nets.CASES)}")
+    about, rows = report.facts(), []
+    out = FLAGS.out or os.path.join("benchmarks", "results", f"{slug(about['device'])}_{datetime.date.today()}.json")
+    for module in suites.values():
+        for name in chosen:
+            new = module.run(name, nets.CASES[name], settings)
+            rows += new
+            report.write(out, rows, about, sys.argv[1:])  # what is measured is kept, whatever comes after
+            print("\n".join(report.table(new).splitlines()[2:]), file=sys.stderr, flush=True)
+    print(report.table(rows))
+    return out
+
+
+def suite(name: str):
+    """The module of a suite."""
+    if name not in SUITES:
+        raise UserError(f"unknown suite {name!r}; choose from: {', '.join(SUITES)}")
+    from ldm_jax.benchmark import compiling, reading, sampling, saving, training
+    return dict(zip(SUITES, (training, sampling, compiling, reading, saving)))[name]
+
+
+def peer():
+    """The module of the peer that is asked for, None without."""
+    if not FLAGS.peer:
+        return None
+    try:
+        from ldm_jax.benchmark import peer
+    except ImportError as error:
+        raise UserError(f"--peer={FLAGS.peer} needs PyTorch ({error}); pip install -e .[parity]") from error
+    return peer
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def main(argv):
+    try:
+        if argv[1:]:
+            raise UserError(f"unexpected argument {argv[1]!r}; options are --name=value")
+        print(f"wrote {measure()}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main)

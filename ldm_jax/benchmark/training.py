@@ -1,0 +1,69 @@
+"""--suite=train: the update of the training loop, compiled as it compiles it, on a batch that is on the device already."""
+from typing import List, Optional, Tuple
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.benchmark import nets, timing
+from ldm_jax.benchmark.report import Row
+from ldm_jax.benchmark.settings import Settings
+from ldm_jax.parallel import cost
+from ldm_jax.parallel.sharding import make_mesh, placer, replicated
+from ldm_jax.parallel.signals import asking
+from ldm_jax.training.loop import compiled_step, train_step
+from ldm_jax.training.state import learning_rate, new_state, optimizer
+
+
+def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
+    if settings.cpu and not case.train_on_cpu and settings.asked is None:
+        return []
+    size = settings.batch or (case.batch if settings.cpu else case.accelerator)[0]
+    system = nets.system_of(case, settings.dtype, **case.options)
+    mesh = make_mesh()
+    put = placer(mesh)
+    batch = {key: put(a, 0, size) for key, a in nets.batch_of(case, size).items()}
+    tx = optimizer("adamw", learning_rate(1e-4, steps=1))
+    state = jax.jit(lambda key: new_state(system.init(key), system.trained, tx), out_shardings=replicated(mesh))(jax.random.key(0))
+    key, good = (jax.device_put(a, replicated(mesh)) for a in (jax.random.key(0), jnp.bool_(True)))
+    asked = asking(mesh)(0)
+    step = train_step(system.loss_fn, tx, ema_decay=0.9999)
+    operations = cost.flops(step, state, batch, key, good)
+    compiled = compiled_step(step, state, batch, key, good, asked)
+    memory, counted = cost.memory(compiled), _counted(compiled)
+    held = [state]
+
+    def ours():
+        held[0], metrics = compiled(held[0], batch, key, good, asked)
+        jax.block_until_ready(metrics)
+
+    calls = {"ldm_jax": ours}
+    if settings.peer:
+        calls.update(settings.peer.training(name, size, settings))
+    times = timing.alternate(calls, settings.rounds, warm=2)
+    ours_s, low, high = timing.spread(times["ldm_jax"])
+    best, ratio = fastest(times)
+    peak = settings.ceiling()
+    detail = {"batch": size, "dtype": settings.dtype, "step_ms": 1e3 * ours_s, "gflop_per_image": operations / size / 1e9,
+              "compiled_gflop_per_image": None if counted is None else counted / size / 1e9, "seconds": times,
+              "of_ceiling": operations / ours_s / peak, "ceiling_tflops": peak / 1e12}
+    rows = [Row("train", name, f"update, batch {size}", size / ours_s, "images/s", size / high, size / low,
+                best and (best, size / timing.spread(times[best])[0]), ratio, detail),
+            Row("train", name, "of what matrix products reach", 100 * operations / ours_s / peak, "%"),
+            Row("train", name, "memory, by the compiler", memory.total / 2**30, "GiB", detail={"temporary": memory.temporary})]
+    used = settings.memory_in_use()
+    return rows + ([Row("train", name, "memory, measured", used / 2**30, "GiB")] if used else [])
+
+
+def fastest(times) -> Tuple[Optional[str], Optional[Tuple[float, float, float]]]:
+    """(the peer that took the least time, our ratio to it); (None, None) without peers."""
+    peers = [name for name in times if name != "ldm_jax"]
+    best = min(peers, key=lambda name: timing.spread(times[name])[0], default=None)
+    return best, best and timing.ratios(times["ldm_jax"], times[best])
+
+
+def _counted(compiled) -> Optional[float]:
+    """The compiler's own count of operations, where it gives one."""
+    try:
+        return (compiled.cost_analysis() or {}).get("flops")
+    except (RuntimeError, NotImplementedError):
+        return None

@@ -1,0 +1,44 @@
+"""What the compiler and the memory allocator of this machine are told: nothing where their own ways are the best known.
+
+Measured effects are in the README's design notes; `python -m ldm_jax.benchmark` measures them again.
+"""
+import ctypes
+import os
+from typing import Any, Dict
+
+import jax
+
+_NO_MMAP, _TRIM_THRESHOLD = -4, -1  # mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD
+
+
+def compiler_options() -> Dict[str, Any]:
+    """`compiler_options` of jax.jit for networks on the default backend.
+
+    On CPU the barriers of `models.layers.written` are kept until code is made. XLA removes them by default before it fuses operations,
+    which is when they matter there.
+    """
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for its next use of as much; of use on CPU, with the GNU C library alone.
+
+    XLA asks for a program's temporary memory anew in every call. By default that much comes as fresh pages from the kernel, which must
+    clear each before its first use, and goes back to it after the call.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(_NO_MMAP, 0)
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes in the user's cache directory, unless JAX was told another place.
+
+    JAX files a program under its versions, its flags and the kind of device; another installation finds none of them.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "ldm_jax", "compiled"))
