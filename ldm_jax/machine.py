@@ -3,21 +3,36 @@
 Measured effects are in the README's design notes; `python -m ldm_jax.benchmark` measures them again.
 """
 import ctypes
+import functools
 import os
 from typing import Any, Dict
 
 import jax
 
+_ON_CPU = {
+    # Keep the barriers of `models.layers.written` until code is made: by default they go before operations are fused, when they matter.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+    # Matrix products and convolutions by Eigen: YNNPACK's, with what it fuses to them, are slower.
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
 _NO_MMAP, _TRIM_THRESHOLD = -4, -1  # mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD
 
 
 def compiler_options() -> Dict[str, Any]:
-    """`compiler_options` of jax.jit for networks on the default backend.
+    """`compiler_options` of jax.jit for networks on the default backend: on CPU those of _ON_CPU that this version of XLA knows."""
+    return _known() if jax.default_backend() == "cpu" else {}
 
-    On CPU the barriers of `models.layers.written` are kept until code is made. XLA removes them by default before it fuses operations,
-    which is when they matter there.
-    """
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
+
+@functools.lru_cache(maxsize=None)
+def _known() -> Dict[str, Any]:
+    known = {}
+    for name, value in _ON_CPU.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value})()
+            known[name] = value
+        except jax.errors.JaxRuntimeError:  # "No such compile option"
+            pass
+    return known
 
 
 def keep_freed_memory() -> None:

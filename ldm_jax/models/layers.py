@@ -119,11 +119,22 @@ class RMSNorm(nn.Module):
         return h.astype(self.dtype)
 
 
+def written(x: Array) -> Array:
+    """x, computed once and put into memory, and so is its gradient.
+
+    For the sums of residual branches, and between the products of attention. XLA's CPU compiler computes a sum anew in each place that
+    reads it, and thereby the whole chain of sums before it, in every block of a network. Compilers of accelerators are left alone.
+    """
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+
+
 def _einsum_attention(q, k, v, mask):
-    logits = jnp.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    q, k, v = (written(a.swapaxes(1, 2)) for a in (q * q.shape[-1] ** -0.5, k, v))  # heads first, once, not in each product
+    logits = written(jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32))
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, -1).astype(v.dtype), v)
+    weights = written(jax.nn.softmax(logits, -1).astype(v.dtype))
+    return written(jnp.einsum("bhts,bhsd->bhtd", weights, v)).swapaxes(1, 2)
 
 
 def choose_attention(backend: str, dtype: Any, head_width: int, masked: Optional[Tuple[int, int]] = None) -> str:
@@ -204,15 +215,6 @@ def heads_of(channels: int, num_heads: int, head_width: Optional[int]) -> int:
         what = f"head_width={head_width}" if head_width else f"num_heads={num_heads}"
         raise UserError(f"{what} does not divide a layer of {channels} channels; choose a divisor, or another width")
     return heads
-
-
-def written(x: Array) -> Array:
-    """x, computed once and put into memory, and so is its gradient.
-
-    For the sums of residual branches. XLA's CPU compiler computes a sum anew in each place that reads it, and thereby the whole chain
-    of sums before it, in every block of a network. Compilers of accelerators do not, and are left alone.
-    """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def conv(features: int, name: str, dtype, kernel: int = 3, stride: int = 1, padding="SAME", init=fan_avg) -> nn.Conv:
