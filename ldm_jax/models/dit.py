@@ -20,6 +20,7 @@ import numpy as np
 
 from ldm_jax.models import layers
 from ldm_jax.models.init import small, zeros
+from ldm_jax.models.kept import CONDITION, TIME, kept
 from ldm_jax.models.layers import CrossAttention, LayerNorm, RMSNorm, attention, dense, heads_of, written
 from ldm_jax.models.net import Net
 from ldm_jax.types import Array, Cond, UserError, lookup
@@ -89,7 +90,7 @@ class Block(nn.Module):
         B, S, D = x.shape
         norm = lambda name, eps, affine: NORMS[self.norm](eps, affine, self.dtype, name=name)
         gated, act = MLPS[self.mlp]
-        modulation = dense(6 * D, "modulation", self.dtype, init=zeros)(c)[:, None]
+        modulation = kept(self, TIME, "of_c", lambda: dense(6 * D, "modulation", self.dtype, init=zeros)(c)[:, None])
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, -1)
 
         h = norm("norm_1", 1e-6, False)(x) * (1 + scale_1) + shift_1
@@ -188,7 +189,7 @@ class DiT(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(tokens[None], (B, self.registers, D)), x], 1)
         Layer = layers.rematerialised(Block, self.remat, train=5, prevent_cse=not self.scan_layers)
         if self.scan_layers:
-            stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
+            stack = nn.scan(Layer, variable_axes={"params": 0, CONDITION: 0, TIME: 0}, split_rngs={"params": True, "dropout": True},
                             in_axes=nn.broadcast, length=self.depth)
             x, _ = stack(**dict(self.block), name="blocks")(x, c, context, mask, train)
         else:
@@ -196,7 +197,8 @@ class DiT(nn.Module):
                 x, _ = Layer(**dict(self.block), name=f"block_{i}")(x, cs[i % len(cs)], context, mask, train)
         x = x[:, self.registers:]
 
-        shift, scale = jnp.split(dense(2 * D, "modulation_out", self.dtype, init=zeros)(c)[:, None], 2, -1)
+        modulation = kept(self, TIME, "of_c", lambda: dense(2 * D, "modulation_out", self.dtype, init=zeros)(c)[:, None])
+        shift, scale = jnp.split(modulation, 2, -1)
         x = NORMS[dict(self.block)["norm"]](1e-6, affine=False, dtype=self.dtype, name="norm_out")(x) * (1 + scale) + shift
         x = dense(p * p * self.out_channels, "patch_out", self.dtype, init=zeros)(x)
         x = x.reshape(B, rows, cols, p, p, self.out_channels).transpose(0, 1, 3, 2, 4, 5)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models.init import fan_avg, ones, zeros
+from ldm_jax.models.kept import CONDITION, TIME, kept
 from ldm_jax.types import Array, UserError, lookup
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -295,7 +296,7 @@ class ResBlock(nn.Module):
         h = conv(self.features, "conv_1", self.dtype)(h)
         modulation = None
         if emb is not None:
-            e = dense(self.features * (2 if self.scale_shift else 1), "emb", self.dtype)(emb)
+            e = kept(self, TIME, "of_emb", lambda: dense(self.features * (2 if self.scale_shift else 1), "emb", self.dtype)(emb))
             if self.scale_shift:
                 modulation = jnp.split(e, 2, -1)
             else:
@@ -353,9 +354,12 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Optional[Array] = None, mask: Optional[Array] = None) -> Array:
         C = x.shape[-1]
-        context = x if context is None else context.astype(x.dtype)
-        heads = lambda name, a: dense(C, name, self.dtype, self.use_bias)(a).reshape(*a.shape[:2], self.num_heads, -1)
-        q, k, v = heads("q", x), heads("k", context), heads("v", context)
+        heads = lambda name, a: dense(C, name, self.dtype, self.use_bias)(a.astype(x.dtype)).reshape(*a.shape[:2], self.num_heads, -1)
+        q = heads("q", x)
+        if context is None:
+            k, v = heads("k", x), heads("v", x)
+        else:
+            k, v = (kept(self, CONDITION, f"{name}_of_context", lambda: heads(name, context)) for name in "kv")
         if self.upcast:
             q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         h = attention(q, k, v, mask, self.impl).astype(self.dtype)

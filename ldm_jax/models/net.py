@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models.init import initialise
+from ldm_jax.models.kept import CONDITION, TIME
 from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, Cond, PyTree, UserError
 
@@ -50,7 +51,7 @@ class Net:
         return _init(self, key)
 
     def apply(self, params: PyTree, x_t: Array, t: Array, cond: Any = None, train: bool = False,
-              rngs: Optional[Mapping[str, Array]] = None) -> Array:
+              rngs: Optional[Mapping[str, Array]] = None, kept: Mapping[str, PyTree] = {}) -> Array:
         """The raw output, float32 [B, H, W, out_channels].
 
         Args:
@@ -58,6 +59,7 @@ class Net:
           t: [B] in [0, 1].
           cond: a mapping of the names above, bare class ids [B], or None for the null class (or no class at all).
           train: dropout is active; then rngs must hold a "dropout" key where the network has dropout.
+          kept: what `of_condition` gave for the same cond, and a row of what `of_times` gave for the same t, in place of computing it.
 
         Raises:
           UserError: for a condition that the network has no place for or that it misses, and for a missing dropout key.
@@ -68,8 +70,23 @@ class Net:
         if self.concat_channels and x_t.shape[-1] == C + self.concat_channels and (cond is None or isinstance(cond, Mapping)):
             cond, x_t = {"concat": x_t[..., C:], **(cond or {})}, x_t[..., :C]
         cond = self.conditions(cond, x_t.shape[0])
-        out = applied(self.module, params, x_t, self.module_time(t), cond, train, rngs=rngs)
+        out = applied(self.module, params, x_t, self.module_time(t), cond, train, kept=kept, rngs=rngs)
         return out.astype(jnp.float32)
+
+    def of_condition(self, params: PyTree, x_t: Array, cond: Any = None) -> PyTree:
+        """What depends on the condition alone, such as keys and values of a text, for `apply`'s `kept`. Of x_t the shape matters."""
+        return self._kept(CONDITION, params, x_t, jnp.zeros(len(x_t)), cond) if self.context_dim else {}
+
+    def of_times(self, params: PyTree, x_t: Array, times: Array, cond: Any = None) -> PyTree:
+        """What depends on time, class and vector alone, such as adaLN's modulations, at each of `times` [N], which a whole batch shares.
+
+        Its arrays have an axis of N in front; `jax.tree.map(lambda a: a[i], ...)` is for `apply`'s `kept` at times[i].
+        """
+        return jax.vmap(lambda t: self._kept(TIME, params, x_t, jnp.full(len(x_t), t), cond))(times)
+
+    def _kept(self, collection: str, params: PyTree, x_t: Array, t: Array, cond: Any) -> PyTree:
+        cond = self.conditions(cond, len(x_t))
+        return self.module.apply({"params": params}, x_t, self.module_time(t), cond, mutable=[collection])[1]
 
     def module_time(self, t: Array) -> Array:
         """t in [0, 1] in the module's unit, float32."""

@@ -4,7 +4,7 @@ XLA's partitioner splits what it is told nothing of as it likes, which inside a 
 every device. No layer has to know: what a module returns is constrained from outside, where `jax.set_mesh` has named a mesh.
 """
 import functools
-from typing import Any
+from typing import Any, Mapping
 
 import flax.linen as nn
 import jax
@@ -15,11 +15,14 @@ from ldm_jax.types import PyTree
 BATCH_AXES = ("data", "fsdp")
 
 
-def applied(module: nn.Module, params: PyTree, x: Any, *args: Any, **options: Any) -> Any:
-    """module.apply of parameters to a batch x [B, ...], split over the mesh's data and fsdp axes where there is a mesh."""
+def applied(module: nn.Module, params: PyTree, x: Any, *args: Any, kept: Mapping[str, PyTree] = {}, **options: Any) -> Any:
+    """module.apply of parameters to a batch x [B, ...], split over the mesh's data and fsdp axes where there is a mesh.
+
+    kept: further collections of variables, see `models.kept`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
-    run = functools.partial(module.apply, {"params": params}, x, *args, **options)
+    run = functools.partial(module.apply, {"params": params, **kept}, x, *args, **options)
     if not axes:
         return run()
     parts = 1

@@ -133,7 +133,7 @@ def _dpmpp(n: int, eta, line: Optional[str]) -> Sampler:
         moved = exponential_step(schedule, x, t, s, history, eta=eta, line=line)
         return moved + expand(noise, x) * normal(key, x.shape), history
 
-    return Sampler(step, init=lambda x, steps: no_history(x, n), order=order_if(eta == 0, n))
+    return Sampler(step, on_grid=True, init=lambda x, steps: no_history(x, n), order=order_if(eta == 0, n))
 
 
 def dpmpp_2m(eta=0.0, solver: str = "midpoint") -> Sampler:
@@ -189,7 +189,7 @@ def unipc(order=2, variant: str = "bh2") -> Sampler:
         history = remember(history, t, x0)
         return exponential_step(schedule, x, t, s, history, order=order, line=variant), (x, history)
 
-    return Sampler(step, init=lambda x, steps: (x, no_history(x, 3)),
+    return Sampler(step, on_grid=True, init=lambda x, steps: (x, no_history(x, 3)),
                    order=min(order + 1, 3) if isinstance(order, int) else None)
 
 
@@ -219,7 +219,7 @@ def lms(order=4) -> Sampler:
         mean = integrate(u, newton(u, usable, history.values), uniform_moments(4))
         return _with_mean_eps(schedule, x0, eps, mean, t, s), history
 
-    return Sampler(step, init=lambda x, steps: no_history(x, 4), order=order if isinstance(order, int) else None)
+    return Sampler(step, on_grid=True, init=lambda x, steps: no_history(x, 4), order=order if isinstance(order, int) else None)
 
 
 def pndm(start: str = "heun") -> Sampler:
@@ -264,4 +264,4 @@ def pndm(start: str = "heun") -> Sampler:
         mean = jax.lax.cond(count < (1 if start == "heun" else 3), starting, multistep)
         return move(mean, s), (history, count + 1)
 
-    return Sampler(step, init=lambda x, steps: (no_history(x, 4), jnp.int32(0)), order=2)
+    return Sampler(step, on_grid=True, init=lambda x, steps: (no_history(x, 4), jnp.int32(0)), order=2)

@@ -43,7 +43,7 @@ def ddpm(variance: str = "small") -> Sampler:
         noise = jnp.where(expand(schedule.sigma(s) > 0, x), std * normal(key, x.shape), 0.0)
         return posterior_mean(schedule, x0, x, t, s) + noise, carry
 
-    return Sampler(step)
+    return Sampler(step, on_grid=True)
 
 
 def ddim(eta=0.0, bound=jnp.inf) -> Sampler:
@@ -58,7 +58,7 @@ def ddim(eta=0.0, bound=jnp.inf) -> Sampler:
         limit = expand(bound, x)
         return ddim_move(schedule, jnp.clip(x0, -limit, limit), eps, t, s, key, eta), carry
 
-    return Sampler(step, order=order_if(eta == 0, 1))
+    return Sampler(step, on_grid=True, order=order_if(eta == 0, 1))
 
 
 def euler_ancestral(eta=1.0) -> Sampler:
@@ -90,7 +90,7 @@ def ddim_inversion(iterations=1) -> Sampler:
 
         return jax.lax.fori_loop(0, whole(iterations), iterate, x), carry
 
-    return Sampler(step, order=1, calls=iterations, upwards=True)
+    return Sampler(step, on_grid=True, order=1, calls=iterations, upwards=True)
 
 
 def _derivative(f, t: Array, s: Array) -> Array:
@@ -111,7 +111,7 @@ def euler() -> Sampler:
         d_alpha, d_sigma = _derivative(schedule.alpha, t, s), _derivative(schedule.sigma, t, s)
         return x + expand((s - t) * d_alpha, x) * x0 + expand((s - t) * d_sigma, x) * eps, carry
 
-    return Sampler(step, order=1)
+    return Sampler(step, on_grid=True, order=1)
 
 
 def euler_maruyama(eta=1.0) -> Sampler:
@@ -134,7 +134,7 @@ def euler_maruyama(eta=1.0) -> Sampler:
         moved = x + expand(d_alpha, x) * x0 + (expand(d_sigma, x) - 0.5 * sigma * v) * eps + noise
         return jnp.where(expand(regular, x), moved, ddim_move(schedule, x0, eps, t, s, key, eta)), carry
 
-    return Sampler(step, order=order_if(eta == 0, 1))
+    return Sampler(step, on_grid=True, order=order_if(eta == 0, 1))
 
 
 def heun() -> Sampler:
@@ -154,7 +154,7 @@ def heun() -> Sampler:
         second = jnp.where(expand(from_data, x), a_s * x0 + s_s * eps_s, second)
         return jnp.where(expand(into_data, x), first, second), carry
 
-    return Sampler(step, order=2, calls=2)
+    return Sampler(step, on_grid=True, order=2, calls=2)
 
 
 def edm(s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0) -> Sampler:

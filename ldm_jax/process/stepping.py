@@ -39,6 +39,7 @@ class Sampler(NamedTuple):
       calls: network calls in a step.
       name: its row in SAMPLERS, where it was made from one.
       upwards: the grid is walked from its last time to its first, from data to noise.
+      on_grid: the denoiser is asked for times of the grid only.
     """
     step: Callable
     init: Callable[[Array, Any], Any] = lambda x, steps: ()
@@ -46,6 +47,7 @@ class Sampler(NamedTuple):
     calls: int = 1
     upwards: bool = False
     name: str = ""
+    on_grid: bool = False
 
 
 def scales(schedule: Schedule, t: Array, x: Array) -> Tuple[Array, Array]:

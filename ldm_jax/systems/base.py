@@ -71,6 +71,15 @@ class Codec:
 _CONDITION, _PICTURE = 2**31 - 1, 2**31 - 2
 
 
+_TABLE = 2**28  # bytes that what depends on the time may take, for all steps together; where it takes more it is no part worth saving
+
+
+def _if_small(table: Callable[[], PyTree]) -> PyTree:
+    """table(), or {} where its arrays would take more than _TABLE."""
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(table)))
+    return table() if size <= _TABLE else {}
+
+
 def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Schedule, parameterization: str, times: Any = "uniform",
               weight: Any = "simple", conditioners: Mapping[str, Conditioner] = {}, learned_variance: bool = False,
               codec: Codec = Codec(), sample_shape: Optional[Tuple[int, ...]] = None, others: Mapping[str, Any] = {}) -> System:
@@ -108,16 +117,26 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
     def prediction(apply):
         return process.parameterizations.preconditioned(apply, schedule) if parameterization == "edm" else apply
 
-    def denoise(params, cond: Cond):
-        predict = prediction(lambda x_t, t: net.apply(params["net"], x_t, t, cond))
-        return process.denoiser(predict, schedule, parameterization, learned_variance=learned_variance)
+    def denoise(params, cond: Cond, x: Array, times: Optional[Array]):
+        """The denoiser of batches like x; what does not depend on x_t is computed here. times: all that it will be asked for, if known."""
+        kept = net.of_condition(params["net"], x, cond)
+        table = {} if times is None else _if_small(lambda: net.of_times(params["net"], x, times, cond))
+
+        def raw(x_t, t):
+            row = jax.tree.map(lambda a: a[jnp.argmin(jnp.abs(times - t[0]))], table)
+            return net.apply(params["net"], x_t, t, cond, kept={**kept, **row})
+
+        return process.denoiser(prediction(raw), schedule, parameterization, learned_variance=learned_variance)
 
     def sample(params, x: Array, keys: Array, cond: Optional[Mapping[str, PyTree]], *, sampler: process.Sampler, steps,
                capacity: int, grid="uniform", guidance=None, log_prob=None, log_prob_scale=1.0, trajectory: bool = False,
-               start=None, image=None, strength=1.0, known=None, window=None, begun: bool = False, decoded: bool = True):
+               start=None, image=None, strength=1.0, known=None, window=None, begun: bool = False, decoded: bool = True,
+               guidance_interval=None):
         """Pictures from the starting noise x [B, ...] and keys [B].
 
-        cond: conditioner's name -> value; those left out are null. guidance: None, for which none is computed, or a number or [B].
+        cond: conditioner's name -> value; those left out are null. guidance: None for a program without it, or a number or [B]; where it
+          is 1 for all pictures only the conditional half is computed. guidance_interval: (low, high) of sigma / alpha, outside which
+          it is 1.
         log_prob: (x_t, t) -> log p(y | x_t) [B] of a classifier, whose gradient takes part with log_prob_scale, a number or [B].
         start: what the noise is multiplied by; sigma(1) where None.
         image: pictures [B, H, W, C] in [-1, 1] to start from, noised by x to where the last `strength` of the steps begin.
@@ -125,36 +144,43 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
         begun: x is x_t at the window's begin. decoded: return pictures, otherwise x_t.
         """
         given, without = conditions.of_values(conditioners, params, cond or {}, fold_in(keys, _CONDITION), codec)
-        predict = denoise(params, given)
+        times = process.samplers.grid_times(grid, schedule, steps, capacity)
+        if window is not None:
+            times, steps = process.editing.between(times, steps, window)
+        if image is not None:
+            times, steps = process.editing.last_steps(times, steps, strength)
+        times = jnp.clip(times, 0.0, 1.0)
+        asked = times if sampler.on_grid and times.ndim == 1 and parameterization != "edm" else None
+        predict = denoise(params, given, x, asked)
         if guidance is not None and any(c.drop for c in conditioners.values()):
-            double = denoise(params, jax.tree.map(lambda c, u: jnp.concatenate([c, u]), given, without))
+            pair, single = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), given, without), predict
+            double = denoise(params, pair, jnp.concatenate([x, x]), asked)
+            scale = guidance if guidance_interval is None else process.guidance.within(schedule, guidance, *guidance_interval)
 
-            def both(x_t, t):
+            def together(x_t, t):
                 answer = double(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
                 return tuple(jax.tree.map(lambda a: a[half * len(x_t):][:len(x_t)], answer) for half in (0, 1))
 
-            predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(both), guidance)
+            def both(x_t, t):
+                off = jnp.all((scale(t) if callable(scale) else scale) == 1)
+                return jax.lax.cond(off, lambda x_t, t: (single(x_t, t),) * 2, together, x_t, t)
+
+            predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(both), scale)
         if log_prob is not None:
             predict = process.GUIDANCE["classifier"](predict, log_prob, log_prob_scale, schedule)
 
         def latents(pictures):
             return codec.encode(params, {"image": pictures}, fold_in(keys, _PICTURE))
 
-        if image is not None or window is not None:
-            grid = process.samplers.grid_times(grid, schedule, steps, capacity)
-            if window is not None:
-                grid, steps = process.editing.between(grid, steps, window)
-            if image is not None:
-                grid, steps = process.editing.last_steps(grid, steps, strength)
         if image is not None:
-            x = schedule.alpha(grid[0]) * latents(image) + schedule.sigma(grid[0]) * x
+            x = schedule.alpha(times[0]) * latents(image) + schedule.sigma(times[0]) * x
         elif not begun:
             x = (schedule.sigma(jnp.float32(1.0)) if start is None else start) * x
         if known is not None:
             pictures, mask = known
             rows, columns = (n // m for n, m in zip(mask.shape[1:3], x.shape[1:3]))
             sampler = process.editing.keeping(sampler, latents(pictures), mask[:, ::rows, ::columns])
-        out = process.sample(predict, schedule, x, keys, sampler=sampler, steps=steps, grid=grid, capacity=capacity,
+        out = process.sample(predict, schedule, x, keys, sampler=sampler, steps=steps, grid=times, capacity=capacity,
                              trajectory=trajectory)
         end, visited = out if trajectory else (out, None)
         end = codec.decode(params, end) if decoded else end
