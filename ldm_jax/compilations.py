@@ -2,7 +2,7 @@
 import contextlib
 import dataclasses
 import time
-from typing import Iterator, List, Tuple
+from typing import Iterable, Iterator, List, Tuple
 
 from jax import monitoring
 
@@ -16,10 +16,10 @@ class Compilations:
 
     Attributes:
       programs: their names, such as "jit(f)", in order; those that were found in the persistent cache as well. hits: how many were.
-      spans: when something was traced, lowered or compiled, (begin, end) by time.perf_counter; they may overlap.
+      spans: (kind of work, begin, end) by time.perf_counter; they may overlap.
     """
     programs: List[str] = dataclasses.field(default_factory=list)
-    spans: List[Tuple[float, float]] = dataclasses.field(default_factory=list)
+    spans: List[Tuple[str, float, float]] = dataclasses.field(default_factory=list)
     hits: int = 0
 
     def count(self, name: str) -> int:
@@ -28,11 +28,21 @@ class Compilations:
 
     @property
     def seconds(self) -> float:
-        """Spent on it, what overlaps counted once."""
-        total, until = 0.0, float("-inf")
-        for begin, end in sorted(self.spans):
-            total, until = total + max(0.0, end - max(begin, until)), max(until, end)
-        return total
+        """Of tracing, lowering and compiling together."""
+        return _covered((begin, end) for _, begin, end in self.spans)
+
+    @property
+    def compiling(self) -> float:
+        """Of the seconds those of the compiler, or of reading what it has compiled before."""
+        return _covered((begin, end) for kind, begin, end in self.spans if kind == _COMPILED)
+
+
+def _covered(spans: Iterable[Tuple[float, float]]) -> float:
+    """The length of the spans, what overlaps counted once."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total, until = total + max(0.0, end - max(begin, until)), max(until, end)
+    return total
 
 
 @contextlib.contextmanager
@@ -43,7 +53,7 @@ def watching() -> Iterator[Compilations]:
     def on_duration(event: str, seconds: float, **facts) -> None:
         if event.startswith(_STAGES):
             end = time.perf_counter()
-            seen.spans.append((end - seconds, end))
+            seen.spans.append((event, end - seconds, end))
             if event == _COMPILED:
                 seen.programs.append(str(facts.get("fun_name", "")))
 

@@ -21,6 +21,7 @@ from ldm_jax.systems.conditions import Space
 from ldm_jax.types import Array, PyTree, UserError, fold_in, lookup, normal, to_host, to_unit
 
 _CAPACITY = 1024  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
+BATCH = 256  # pictures at a time, at most, where no batch_size is given
 _PADDED, _CALLS = 4, 8  # see `batch_size_for`
 
 
@@ -180,7 +181,7 @@ class Pipeline:
         of_run = {"strength": edit["strength"], "window": edit["window"]}
         kind = dict(classify=None if judge is None else classifier.system.classify, sampler=sampler, static=tuple(sorted(static.items())),
                     grid=grid, capacity=capacity, trajectory=trajectory, begun=edit["begun"], decoded=edit["decoded"])
-        size = self._size(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or 256), kind,
+        size = self._size(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or BATCH), kind,
                           (cond, guidance, edited, numbers, of_run, judge and judge[1:]))
 
         def dispatch(start: int) -> Any:
