@@ -10,7 +10,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ldm_jax import process, sampling
 from ldm_jax.benchmark import compiling, nets
-from ldm_jax.benchmark.settings import Settings
 from ldm_jax.compilations import Compilations, watching
 from ldm_jax.machine import use_compilation_cache
 from ldm_jax.models.dit import dit
@@ -113,7 +112,7 @@ def texts():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(jax.stages.Lowered, "compile", lambda self, *a, **k: kept.append(self) or lowered(self, *a, **k))
             patch.setattr("ldm_jax.training.loop.compiler_options", dict)
-            compiling.update(case, Settings(), **options)()
+            compiling.update(case, 8, "float32", **options)()
         return max((stage.as_text() for stage in kept), key=len)
 
     return functools.cache(text)

@@ -81,10 +81,9 @@ def _times(name: str, what: str, of: str, ours: List[float], base: List[float]) 
     return Row("compile", name, what, median, f"times {of}", low, high)
 
 
-def update(case: nets.Case, settings: Settings, **options: Any) -> Callable[[], Any]:
-    """Traces and compiles the update of the training loop, of arrays that are nowhere: it takes no memory for them."""
-    system = nets.system_of(case, settings.dtype, **options)
-    size = settings.batch or (case.batch if settings.cpu else case.accelerator)[0]
+def update(case: nets.Case, size: int, dtype: str, **options: Any) -> Callable[[], Any]:
+    """Traces and compiles the update of the training loop for a batch of `size`, of arrays that are nowhere: it takes no memory."""
+    system = nets.system_of(case, dtype, **options)
     mesh, tx = make_mesh(), optimizer("adamw", learning_rate(1e-4, steps=1))
     of = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     state = placed_state(lambda: new_state(system.init(jax.random.key(0)), system.trained, tx), mesh, ())
@@ -98,9 +97,10 @@ def _updates(name: str, settings: Settings) -> List[Row]:
     scanned = name.startswith("dit_")
     other = None if not scanned else "dit_xl2" if name == "dit_s2" else "dit_s2"
     options = {n: SCANNED if scanned else nets.CASES[n].options for n in (name, other) if n}
-    calls = {n: afresh(update(nets.CASES[n], settings, **options[n])) for n in options}
+    size = settings.batch or max(8, min((nets.CASES[n].batch if settings.cpu else nets.CASES[n].accelerator)[0] for n in options))
+    calls = {n: afresh(update(nets.CASES[n], size, settings.dtype, **options[n])) for n in options}
     times = timing.alternate(calls, min(settings.rounds, ROUNDS), warm=1)
-    rows = [_row(name, "update" + (", layers scanned" if scanned else ""), times[name], **options[name])]
+    rows = [_row(name, "update" + (", layers scanned" if scanned else ""), times[name], batch=size, **options[name])]
     if other:
         large, small = (other, name) if name == "dit_s2" else (name, other)
         rows.append(_times(large, "update, layers scanned", f"{small}'s", times[large], times[small]))
