@@ -10,7 +10,7 @@ import numpy as np
 from ldm_jax import paths
 from ldm_jax.evaluation import pictures
 from ldm_jax.parallel.processes import wait_for_all
-from ldm_jax.sampling import Pipeline
+from ldm_jax.sampling import BATCH, Pipeline
 from ldm_jax.training.checkpoint import tree_hash
 from ldm_jax.training.logs import progress
 from ldm_jax.types import UserError, example_keys, writes_files
@@ -38,12 +38,18 @@ def collect(pipeline: Pipeline, directory: str, *, num: int, seed: int, cond: Op
         for start in starts:
             mark(start)
             end = min(start + PART, num)
+            options["batch_size"] = _batch_size(end - start, pipeline)
             images = pipeline.sample(keys[start:end], num=end - start, cond=_part(cond, start, end), **options)
             if writes_files():
                 _write(_path(directory, start), pictures.to_uint8(images))
             bar.update(end - start)
             new += end - start
     return new
+
+
+def _batch_size(count: int, pipeline: Pipeline) -> int:
+    """Of a file, so that its pictures are the same bit for bit whether or not the process that makes it has made others before."""
+    return min(pipeline.defaults.get("batch_size") or BATCH, 1 << (count - 1).bit_length())
 
 
 def _adopt(directory: str, stamp: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Measured effects are in the README's design notes; `python -m ldm_jax.benchmark`
 import ctypes
 import functools
 import os
+import tempfile
 from typing import Any, Dict
 
 import jax
@@ -50,10 +51,21 @@ def keep_freed_memory() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between processes in the user's cache directory, unless JAX was told another place.
+    """Keep compiled programs between processes: where JAX was told to (JAX_COMPILATION_CACHE_DIR), otherwise in the user's cache
+    directory (XDG_CACHE_HOME, or ~/.cache), if that can be written.
 
-    JAX files a program under its versions, its flags and the kind of device; another installation finds none of them.
+    All programs are kept, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise: by default JAX passes over those of less
+    than a second, of which every start compiles dozens. JAX files a program under its versions, its flags, the options it is compiled
+    with and the kind of device; another installation finds none of them.
     """
     if not jax.config.jax_compilation_cache_dir:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "ldm_jax", "compiled"))
+        directory = os.path.join(home, "ldm_jax", "compiled")
+        try:
+            os.makedirs(directory, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError:
+            return
+        jax.config.update("jax_compilation_cache_dir", directory)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

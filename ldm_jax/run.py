@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ldm_jax import api, collection, drawing, paths, pipelines, recipe, stages
+from ldm_jax.compilations import watching
 from ldm_jax.data.captions import tokenized
 from ldm_jax.data.pipeline import batches
 from ldm_jax.evaluation import evaluate as measurements
@@ -227,13 +228,13 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
         edit["mask"] = pictures.read(mask, (H, W), 1)[..., 0] > 127
     if num > collection.PART:
         directory, start = os.path.join(workdir, "samples", f"sampled_seed{seed}_n{num}"), time.perf_counter()
-        with writing(workdir):
+        with writing(workdir), watching() as seen:
             new = collection.collect(pipeline, directory, num=num, seed=seed, cond=cond, mark=mark, strength=strength, **edit)
-        seconds = time.perf_counter() - start
-        say(f"wrote {directory}: {new} new pictures of {num} in {seconds:.1f} s, {new / seconds:.1f} images/s, compilation included")
+        say(f"wrote {directory}: {new} new pictures of {num} in {_rates(new, time.perf_counter() - start, seen.seconds)}")
         return directory
     start = time.perf_counter()
-    images = pipeline.sample(seed, num=num, cond=cond or None, strength=strength, **edit)
+    with watching() as seen:
+        images = pipeline.sample(seed, num=num, cond=cond or None, strength=strength, **edit)
     seconds = time.perf_counter() - start
     with writing(workdir):
         paths.makedirs(os.path.join(workdir, "samples"))
@@ -242,8 +243,14 @@ def sample(pipeline: api.Pipeline, workdir: str, *, num: Optional[int] = None, c
         pictures.save(path, drawing.interleaved([*drawing.shown(system, shown), images], int(np.ceil(np.sqrt(num)))))
         for i, picture in enumerate(images if images.shape[1] >= 128 else ()):
             pictures.save(f"{os.path.splitext(path)[0]}_picture{i}.png", [picture[None]], gap=0)
-    say(f"wrote {path}: {num} pictures in {seconds:.1f} s, {num / seconds:.1f} images/s, compilation included")
+    say(f"wrote {path}: {num} pictures in {_rates(num, seconds, seen.seconds)}")
     return path
+
+
+def _rates(count: int, seconds: float, compiling: float) -> str:
+    """How fast pictures were made, with and without what was compiled for them."""
+    return (f"{seconds:.1f} s, {count / seconds:.1f} images/s, compilation included; it took {compiling:.1f} s, "
+            f"{count / max(seconds - compiling, 1e-3):.1f} images/s without it")
 
 
 def _unused(path: str) -> str:

@@ -2,7 +2,8 @@
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Dict, Mapping, Optional, Tuple
+import inspect
+from typing import Any, Collection, Dict, Mapping, Optional, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from ldm_jax.published import Published
 from ldm_jax.systems import System
 from ldm_jax.systems.conditioners import class_label, read_masks, read_pictures
 from ldm_jax.systems.conditions import Space
-from ldm_jax.types import Array, PyTree, UserError, example_keys, fold_in, lookup, normal, to_host, to_unit
+from ldm_jax.types import Array, PyTree, UserError, fold_in, lookup, normal, to_host, to_unit
 
-_CAPACITY = 64  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
+_CAPACITY = 1024  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
+BATCH = 256  # pictures at a time, at most, where no batch_size is given
+_PADDED, _CALLS = 4, 8  # see `batch_size_for`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Pipeline:
             object.__setattr__(self, "_sample", jax.jit(
                 functools.partial(_sample, self.system.sample), compiler_options=compiler_options(),
                 static_argnames=("classify", "sampler", "static", "grid", "capacity", "trajectory", "begun", "decoded")))
+            object.__setattr__(self, "_sizes", {})
 
     def with_defaults(self, **changes: Any) -> "Pipeline":
         """The same with other `defaults`."""
@@ -62,6 +66,7 @@ class Pipeline:
         other = dataclasses.replace(self, **changes)
         if self.system.sample is not None:
             object.__setattr__(other, "_sample", self._sample)
+            object.__setattr__(other, "_sizes", self._sizes)
         return other
 
     def save_pretrained(self, directory: str) -> Optional[str]:
@@ -103,8 +108,14 @@ class Pipeline:
                window: Tuple[float, float] = (0.0, 1.0), **options: Any) -> Any:
         """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
 
+        The network is compiled in the first call. Calls with another key, other values of the conditions, guidance, classifier_scale,
+        strength, window and of the sampler's numbers, and with other steps, up to 1024 or between the powers of two above, take what is
+        there; so do other `num` as far as `batch_size_for` says. Compiled anew are: another sampler, grid or option that is a
+        word; conditions, image, mask, classifier or window where there were none, and the other way round; conditions of another length,
+        such as tokens; a number for each picture where there was one for all; a dtype or device; and with trajectory other steps.
+
         Args:
-          key: a `jax.random.key`, or an int seed.
+          key: a `jax.random.key`, an int seed, or keys [num], one for each picture.
           num: how many; by default as many as `cond` or `x_init` has, else 16.
           cond: what the run's conditioner takes, such as class ids [num], one for each picture or one for all; where there are several
             conditioners, a mapping from their names. What is left out is null, as None is altogether.
@@ -112,7 +123,8 @@ class Pipeline:
             function of the same form, such as functools.partial(grids.karras, rho=5); guidance is u + guidance (c - u): 1 is off.
             u is without the conditions that training has dropped.
           x_init: the starting noise [num, ...], N(0, I), in the space that is diffused.
-          batch_size: pictures at a time; the last batch is padded.
+          batch_size: pictures at a time, at most; see `batch_size_for`. The last batch is padded, and while one is computed the one
+            before it is fetched.
           trajectory: also return the pictures at every step, [steps + 1, num, H, W, C].
           classifier: a Pipeline of a classifier of noisy images, which guides each picture to the class that cond names, also where the
             model itself knows no classes; in place of the run's. classifier_scale: how strongly, a number or one for each picture.
@@ -153,47 +165,58 @@ class Pipeline:
             raise UserError("classifier guidance needs to know the class of each picture; give it in cond")
         scale = self.defaults.get("classifier_scale", 1.0) if classifier_scale is None else classifier_scale
         judge = None if classifier is None or labels is None else (classifier.params, labels, _scales("classifier_scale", scale, num))
-        shape = self.system.sample_shape
-        if x_init is None:
-            x_init = jax.jit(normal, static_argnums=1)(fold_in(example_keys(key, num), 0), (num, *shape))
-        x_init = jnp.asarray(x_init, jnp.float32)
-        if x_init.shape != (num, *shape):
+        shape = tuple(self.system.sample_shape)
+        x_init = None if x_init is None else np.asarray(x_init, np.float32)
+        if x_init is not None and x_init.shape != (num, *shape):
             raise UserError(f"x_init has shape {x_init.shape}; this model starts from {(num, *shape)}")
+        if key.shape not in ((), (num,)):
+            raise UserError(f"key has shape {key.shape} for num={num} pictures; give one key, or one each")
         if trajectory and edit["window"] is not None and edit["window"][1] < 1:
             raise UserError(f"trajectory=True shows pictures, and window={window} ends before there are any")
-        keys = fold_in(example_keys(key, num), 1)
-        size = min(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or 256))
-        parts = 1 if self.mesh is None else batch_parts(self.mesh)
-        size = -(-size // parts) * parts
-        static, numbers = process.samplers.split_options(sampler, options)
+        static, numbers = _options(sampler, options)
         capacity = steps if trajectory else max(_CAPACITY, 1 << (steps - 1).bit_length())
         for name, value in numbers.items():
             if value.shape not in ((), (num,)):
                 raise UserError(f"{name} has shape {value.shape} for num={num} pictures; give one number, or one each")
-        pictures = []
-        for start in range(0, num, size):
+        of_run = {"strength": edit["strength"], "window": edit["window"]}
+        kind = dict(classify=None if judge is None else classifier.system.classify, sampler=sampler, static=tuple(sorted(static.items())),
+                    grid=grid, capacity=capacity, trajectory=trajectory, begun=edit["begun"], decoded=edit["decoded"])
+        size = self._size(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or BATCH), kind,
+                          (cond, guidance, edited, numbers, of_run, judge and judge[1:]))
+
+        def dispatch(start: int) -> Any:
             take = np.minimum(np.arange(start, start + size), num - 1)
-            *part, changes = self._rows((x_init, keys, cond, guidance, edited), take)
-            judged = None if judge is None else (judge[0], *self._rows(judge[1:], take))
+            x, keys = _draws(*_key_rows(key, take), None if x_init is not None else shape)
+            x, keys, *part, changes, values = self._rows((x, keys, *_take((cond, guidance, edited, numbers), take)))
+            x = x if x_init is None else self._rows(x_init[take])
+            judged = None if judge is None else (judge[0], *self._rows(_take(judge[1:], take)))
             with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-                out = self._sample(self.params, *part, judged, jnp.int32(steps), self._rows(numbers, take),
-                                   {**changes, "strength": edit["strength"], "window": edit["window"]},
-                                   classify=None if judge is None else classifier.system.classify, sampler=sampler,
-                                   static=tuple(sorted(static.items())), grid=grid, capacity=capacity, trajectory=trajectory,
-                                   begun=edit["begun"], decoded=edit["decoded"])
-            pictures.append(to_host(out))
+                return self._sample(self.params, x, keys, *part, judged, jnp.int32(steps), values, {**changes, **of_run}, **kind)
+
+        pictures, ahead = [], []
+        for start in range(0, num, size):
+            ahead.append(dispatch(start))
+            if len(ahead) > 1:
+                pictures.append(to_host(ahead.pop(0)))
+        pictures.append(to_host(ahead.pop()))
         if not trajectory:
             return np.concatenate(pictures)[:num]
         return np.concatenate([end for end, _ in pictures])[:num], np.concatenate([path for _, path in pictures], axis=1)[:, :num]
 
-    def _rows(self, tree: PyTree, take: np.ndarray) -> PyTree:
-        """The rows `take` of every array that has rows, on the mesh."""
-        def rows(a):
-            if not a.ndim:
-                return a
-            return a[take] if self.mesh is None else place(a[take], batch_sharding(self.mesh, (len(take), *a.shape[1:])))
+    def _size(self, num: int, most: int, kind: Mapping[str, Any], rows: PyTree) -> int:
+        """Pictures at a time, and that it is compiled now for what is static, `kind`, and arguments like `rows`."""
+        leaves, tree = jax.tree.flatten(rows)
+        program = (tuple(kind.items()), tree, tuple((a.shape[1:], a.ndim, a.dtype.name) for a in leaves))
+        compiled = self._sizes.setdefault(program, set())
+        size = batch_size_for(num, most, compiled, 1 if self.mesh is None else batch_parts(self.mesh))
+        compiled.add(size)
+        return size
 
-        return jax.tree.map(rows, tree)
+    def _rows(self, tree: PyTree) -> PyTree:
+        """Every array that has rows on the mesh."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda a: place(a, batch_sharding(self.mesh, a.shape)) if a.ndim else a, tree)
 
     def _pictures(self, image: Any, mask: Any, strength: Any, window: Tuple[float, float]):
         """(conditions among the pictures, by name; how the start and the steps are changed)."""
@@ -269,13 +292,58 @@ class Pipeline:
                             f"the same data")
 
     def _guidance(self, guidance: Any, cond: Mapping[str, Any], num: int):
-        """[num] scales, or None where guidance is off, in which case the unconditional half is not computed."""
+        """[num] scales; None where no condition that training has dropped is given, so that there is nothing to guide with."""
         droppable = [name for name, c in self.system.conditioners.items() if c.drop]
         scale = _scales("guidance", self.defaults["guidance"] if guidance is None else guidance, num)
         if guidance is not None and cond and not droppable and np.any(scale != 1.0):
             raise UserError(f"guidance={guidance} needs a condition that training has dropped; this model's have drop=0: "
                             f"{', '.join(cond)}")
-        return None if not set(droppable) & set(cond) or np.all(scale == 1.0) else scale
+        return scale if set(droppable) & set(cond) else None
+
+
+def batch_size_for(num: int, most: int, compiled: Collection[int] = (), parts: int = 1) -> int:
+    """How many pictures at a time `num` are made in: a size that is compiled already where it serves, otherwise a new one.
+
+    A new one is the next power of two, at most `most`, and a multiple of `parts`. One of `compiled` serves if it is no larger than
+    `most`, makes at most 4 pictures, padding included, for each that is asked for, and needs at most 8 calls for each of the new one's;
+    of several the one of fewest calls, then of least padding. So after 16 pictures, 4 to 128 compile nothing.
+
+    Args:
+      most: batch_size. compiled: the sizes of the same program that there are. parts: of the mesh, over which a batch is split.
+    """
+    most = -(-most // parts) * parts
+    new = min(parts << (-(-num // parts) - 1).bit_length(), most)
+    calls = lambda size: -(-num // size)
+    serves = [size for size in compiled if size <= most and size * calls(size) <= _PADDED * -(-num // parts) * parts
+              and calls(size) <= _CALLS * calls(new)]
+    return min(serves, key=lambda size: (calls(size), size), default=new)
+
+
+def _options(sampler: str, options: Mapping[str, Any]) -> Tuple[dict, dict]:
+    """(static, numbers) of a sampler, numbers that are not given included, so that to give them later is no other program."""
+    known = inspect.signature(lookup(process.SAMPLERS, sampler, "sampler")).parameters
+    usual = {name: p.default for name, p in known.items() if isinstance(p.default, float) and p.annotation is p.empty}
+    static, numbers = process.samplers.split_options(sampler, {**usual, **options})
+    return static, {name: np.asarray(value) for name, value in numbers.items()}
+
+
+def _take(tree: PyTree, take: np.ndarray) -> PyTree:
+    """The rows `take` of every array that has rows."""
+    return jax.tree.map(lambda a: a[take] if a.ndim else a, tree)
+
+
+def _key_rows(key: Array, take: np.ndarray) -> Tuple[Array, np.ndarray]:
+    """(one key, or those of the rows; the rows), for `_draws`."""
+    if key.ndim:
+        key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(key))[take], impl=jax.random.key_impl(key))
+    return key, take.astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draws(key: Array, rows: Array, shape: Optional[Tuple[int, ...]]) -> Tuple[Optional[Array], Array]:
+    """(starting noise where `shape` is given, keys of the steps) of the pictures `rows`."""
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    return None if shape is None else normal(fold_in(keys, 0), (len(rows), *shape)), fold_in(keys, 1)
 
 
 def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, edit, *, classify, sampler, static, grid, capacity, trajectory,
@@ -304,7 +372,7 @@ def _for_each(values: Any, num: int) -> Any:
     def broadcast(a):
         if len(a) not in (1, num):
             raise UserError(f"cond has shape {a.shape} for num={num} pictures; give one for each, or one for all")
-        return jnp.broadcast_to(jnp.asarray(a), (num, *a.shape[1:]))
+        return np.broadcast_to(np.asarray(a), (num, *a.shape[1:]))
 
     return jax.tree.map(broadcast, values)
 

@@ -13,7 +13,7 @@ ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own
     "process": set(), "models": set(), "data": set(), "parallel": set(), "training": {"parallel", "machine"}, "evaluation": set(),
     "systems": {"process", "models"},
     "weights": set(),
-    "types.py": set(), "paths.py": set(), "machine.py": set(),
+    "types.py": set(), "paths.py": set(), "machine.py": set(), "compilations.py": set(),
     "recipe.py": {"process", "models", "data", "systems", "parallel", "training", "weights", "pipelines"},
     "planning.py": {"recipe", "parallel", "training"},
     "sampling.py": {"process", "models", "systems", "exporting", "lora", "published", "parallel", "machine"},
@@ -22,12 +22,14 @@ ALLOWED = {  # folder -> the parts of ldm_jax that it may import besides its own
     "published.py": {"models", "weights"}, "exporting.py": {"models", "published", "weights"},
     "lora.py": {"models", "published", "weights"},
     "collection.py": {"sampling", "evaluation", "parallel", "training"},
-    "run.py": {"api", "collection", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "parallel", "training"},
+    "run.py": {"api", "collection", "compilations", "drawing", "pipelines", "recipe", "stages", "data", "evaluation", "parallel",
+               "training"},
     "drawing.py": {"api", "recipe", "data", "evaluation", "machine"},
     "stages.py": {"api", "data", "systems", "parallel", "training", "machine"},
     "command_line.py": set(),
     "main.py": {"command_line", "run", "planning", "parallel", "training", "machine"},
-    "benchmark": {"machine", "models", "parallel", "process", "sampling", "systems", "training", "data", "recipe", "api"}, "__init__.py": set(),
+    "benchmark": {"machine", "compilations", "models", "parallel", "process", "sampling", "systems", "training", "data", "recipe", "api"},
+    "__init__.py": set(),
 }
 FILES = [os.path.relpath(os.path.join(d, f), PACKAGE) for d, _, names in os.walk(PACKAGE) for f in names if f.endswith(".py")]
 

@@ -69,7 +69,7 @@ def room_for(steps, capacity: Optional[int]) -> int:
 
 def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sampler: Union[str, Sampler] = "ddim", steps=50,
            grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, **options):
-    """Run a sampling method from x at the grid's first time to its last, in one scan.
+    """Run a sampling method from x at the grid's first time to its last, in one loop.
 
     Args:
       denoise: (x_t [B, ...], t [B]) -> x0.
@@ -77,8 +77,8 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
       key: one key, or one per example [B]. The noise of example i depends on its own key only.
       sampler: a row of SAMPLERS, made with `options` (such as eta=0.5), or a Sampler. One that runs upwards starts at the grid's
         last time and ends at its first.
-      steps: number of steps, an integer or one for each example [B]; may be traced, then `capacity` must bound it and only the
-        steps asked for are run.
+      steps: number of steps, an integer or one for each example [B]; may be traced, then `capacity` must bound it, only the steps
+        asked for are run, and no gradient goes backwards through them unless `trajectory` is asked for.
       grid: a row of GRIDS, a function (schedule, steps, capacity) -> times [capacity + 1], or the times themselves, [capacity +
         1] or [capacity + 1, B] with its own for each example; what comes after entry `steps` is not visited.
       trajectory: also return what was visited, {"x": [capacity + 1, B, ...], "t": [capacity + 1] or [capacity + 1, B]}.
@@ -110,6 +110,8 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
         return state, state[0] if trajectory else None
 
     start = (x, sampler.init(x, steps))
+    if is_traced(steps) and not trajectory:  # as many rounds as steps: room for more costs nothing
+        return jax.lax.fori_loop(0, jnp.max(count), lambda i, state: advance(i, times[i], times[i + 1], *state), start)[0]
     (end, _), visited = jax.lax.scan(body, start, (jnp.arange(capacity), times[:-1], times[1:]))
     if trajectory:
         return end, {"x": jnp.concatenate([x[None], visited]), "t": times}
