@@ -18,7 +18,7 @@ from ldm_jax.parallel.sharding import placer
 
 BATCH = 128
 READ, DECODED = 200, 40  # batches that are timed, from memory and with their decoding
-STEPS, SECONDS = 100, 20.0  # of a loop, whichever comes first
+STEPS, SECONDS = 100, 10.0  # of a loop, whichever comes first
 
 
 def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:

@@ -212,15 +212,24 @@ def test_arrays_of_one_shape_share_a_program():
     assert compilations(lambda: fingerprints(some)) == 0
 
 
-def test_the_first_save_compiles_nothing(tmp_path):
+@pytest.mark.parametrize("mesh", [dict(devices=jax.devices()[:1]), dict(data=2, fsdp=4)], ids=["one device", "sharded"])
+def test_the_first_save_compiles_no_fingerprint(tmp_path, mesh):
     """A new run finds nothing to restore, and compiles then what saving needs, beside what else it begins with."""
-    like = jax.eval_shape(lambda: new_state({"net": {"a": jnp.zeros((16, 1100)), "b": jnp.zeros(5)}}, ("net",), optax.adam(1e-3)))
-    state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), like, shardings(like, make_mesh(2, 4)))
+    width = 1100 + 4 * len(mesh)  # of its own, so that no other test has compiled it
+    like = jax.eval_shape(lambda: new_state({"net": {"a": jnp.zeros((16, width)), "b": jnp.zeros(width)}}, ("net",), optax.adam(1e-3)))
+    state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), like, shardings(like, make_mesh(**mesh)))
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+    def begin():
+        assert checkpoints.restore(like, warn=pytest.fail) is None
+        for thread in threading.enumerate():
+            if thread.name == "fingerprints":
+                thread.join()
+
     with Checkpoints(str(tmp_path / "c")) as checkpoints:
-        assert compilations(lambda: (checkpoints.restore(like, warn=pytest.fail),
-                                     *(t.join() for t in threading.enumerate() if t.name == "fingerprints"))) > 0
-        assert compilations(lambda: checkpoints.save(1, state, {})) == 0
+        assert compilations(begin) >= 2
+        assert compilations(lambda: fingerprints(state)) == 0
+        checkpoints.save(1, state, {})
         checkpoints.wait()
         equal(checkpoints.restore(like, warn=pytest.fail)[1], state)
 
