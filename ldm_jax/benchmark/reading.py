@@ -32,11 +32,12 @@ def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
     taken = timing.alternate({"": updates.wait}, settings.rounds, warm=2)[""]
     consumed, (whole, waited) = [size / seconds for seconds in taken], loop(updates, kept, put, size)
     facts = {"batch": size, "dtype": settings.dtype, "data": kept.name}
-    ratio = timing.ratios(consumed, delivered)
+    ratio, at_first = timing.ratios(consumed, delivered), timing.ratios(consumed, first)
     return [_row(name, f"pipeline, batch {BATCH}, from memory", delivered, {"data": kept.name}),
             _row(name, f"pipeline, batch {BATCH}, first epoch", first, {"data": kept.name}),
             _row(name, f"update, batch {size}", consumed, facts),
-            Row("input", name, "delivered from memory for each one taken", *ratio[:1], "times", *ratio[1:]),
+            Row("input", name, "delivered from memory for each one taken", ratio[0], "times", *ratio[1:]),
+            Row("input", name, "delivered in the first epoch for each one taken", at_first[0], "times", *at_first[1:]),
             Row("input", name, "waiting for a batch in the loop", 1e3 * waited, "ms", detail={"step_ms": 1e3 * whole, **facts}),
             Row("input", name, "of the loop's time", 100 * waited / whole, "%"),
             Row("input", name, "sent to the devices", wire(kept), "bytes/image")]
