@@ -110,7 +110,7 @@ class Checkpoints:
     def save(self, step: int, state: PyTree, data: Mapping[str, int], *, metrics: Optional[Mapping[str, float]] = None) -> None:
         """Start saving; returns as soon as the arrays are copied. A failure of the previous save is raised here.
 
-        They are written as they are: compressing random float32 values took about 30 % of a save's processor time and spared 8 % of its size.
+        They are written as they are: compressing random float32 values took about 30 % of a save's CPU time and spared 8 % of its size.
         """
         context = ocp.Context()
         context.array_options.saving.use_compression = False
