@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0
     config.init_dir = ""  # the workdir of a run whose parameters are started from
     config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
-    config.data = dict(**source, image_shape=(32, 32, 3), num_classes=10, flip=True, limit=placeholder(int))
+    config.data = dict(**source, image_shape=(32, 32, 3), num_classes=10, flip=True, num_workers=0, limit=placeholder(int))
     coder = dict(factor=2, width=128, mults=(1, 2), num_res_blocks=2, mid_attention=True, norm_groups=placeholder(int))
     config.autoencoder = dict(name="kl", kl=dict(**coder, latent_channels=4), vq=dict(**coder, latent_channels=4, codes=4096))
     config.perceptual = dict(name="laplacian", lpips=dict(vgg="", linear=""))  # lpips: the files of VGG16 and of its linear weights

@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="tfds", tfds=dict(name="cifar10", data_dir=placeholder(str)), image_shape=(32, 32, 3), num_classes=None,
-                       flip=True)
+                       flip=True, num_workers=0)
     config.process = dict(schedule=dict(name="linear", linear=dict(timesteps=1000, beta_start=1e-4, beta_end=0.02)),
                           parameterization="eps", times="uniform", weight="simple", learned_variance=False)
     config.conditioners = {}
@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":
-        config.data = dict(**cifar10_or_shapes(), image_shape=(32, 32, 3), num_classes=None, flip=True)
+        config.data = dict(**cifar10_or_shapes(), image_shape=(32, 32, 3), num_classes=None, flip=True, num_workers=0)
         config.optimizer.warmup_steps = 5
         config.train.update(batch_size=16, steps=20, save_every=10, log_every=5)
         config.net.unet.update(width=16, num_res_blocks=1)

@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_dir = ""  # the workdir of a run whose parameters are started from
     config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
-    config.data = dict(name="digits", image_shape=(8, 8, 1), num_classes=10, flip=False)
+    config.data = dict(name="digits", image_shape=(8, 8, 1), num_classes=10, flip=False, num_workers=0)
     config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple",
                           learned_variance=False)
     config.conditioners = {"class": {"drop": 0.1}}

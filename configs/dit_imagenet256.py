@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.size = placeholder(tuple)  # (height, width) of the pictures that --weights makes, where they are not to have its own size
     config.dtype = "float32"  # of the computation; "bfloat16" on a GPU or TPU
     config.data = dict(name="tfds", tfds=dict(name="imagenet2012", data_dir=None), folder=dict(path="", image_size=256),
-                       image_shape=(256, 256, 3), num_classes=1000, flip=True)
+                       image_shape=(256, 256, 3), num_classes=1000, flip=True, num_workers=0)
     config.process = dict(schedule=dict(name="published"), parameterization="eps", times="uniform", weight="simple",
                           learned_variance=True)
     config.conditioners = {"class": {"drop": 0.1}}

@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     first = config.first_stage
     first.data = config.data = ConfigDict(dict(name="tfds", tfds=dict(name="imagenet2012", data_dir=None, image_size=256),
                                                folder=dict(path="", image_size=256), image_shape=(256, 256, 3),
-                                               num_classes=1000, flip=True))
+                                               num_classes=1000, flip=True, num_workers=0))
     first.autoencoder.kl.update(factor=8, mults=(1, 2, 4, 4))
     first.autoencoder.vq.update(factor=8, mults=(1, 2, 4, 4))
     first.discriminator.patchgan.update(layers=3)

@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_part = ""  # of that run: "" its averages, "params" what was averaged, or a path such as "ema/net"
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     config.data = dict(name="tfds", tfds=dict(name="fashion_mnist", data_dir=placeholder(str)), image_shape=(28, 28, 1), num_classes=10,
-                       flip=True)
+                       flip=True, num_workers=0)
     config.process = dict(schedule=dict(name="rectified_flow"), parameterization="flow", times="logit_normal", weight="simple",
                           learned_variance=False)
     config.conditioners = {"class": {"drop": 0.1}}
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())
     config.eval = dict(samples=1000, real=5000, seed=1)
     if variant == "smoke":
-        config.data = dict(name="shapes", shapes=dict(size=32), image_shape=(32, 32, 3), num_classes=10, flip=True)
+        config.data = dict(name="shapes", shapes=dict(size=32), image_shape=(32, 32, 3), num_classes=10, flip=True, num_workers=0)
         config.optimizer.warmup_steps = 5
         config.train.update(batch_size=32, steps=20, save_every=10, log_every=5)
         config.net.unet.update(width=8, num_res_blocks=1, attention=(), num_heads=1)

@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.size = placeholder(tuple)  # (height, width) of the pictures that --weights makes, where they are not to have its own size
     config.dtype = "float32"  # of the computation; "bfloat16" on a GPU or TPU
     config.data = dict(name="folder", folder=dict(path="", image_size=512), image_shape=(512, 512, 3), num_classes=None,
-                       fields=dict(text=(1024,)), flip=False)
+                       fields=dict(text=(1024,)), flip=False, num_workers=0)
     config.process = dict(schedule=dict(name="published"), parameterization="eps", times="uniform", weight="simple",
                           learned_variance=False)
     config.conditioners = dict(prompt=dict(drop=0.1))

@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_from = ""  # a published checkpoint's directory, whose nets are then trained on in place of those below
     fields = {field: shape for kind in VARIANTS[name] for field, shape in FIELDS.get(kind, {}).items()}
     config.data = dict(name="shapes", shapes=dict(size=16, count=20_000), image_shape=(16, 16, 3), num_classes=10, fields=fields,
-                       flip=False)
+                       flip=False, num_workers=0)
     config.process = dict(schedule=dict(name="cosine"), parameterization="v", times="uniform", weight="simple", learned_variance=False)
     config.conditioners = {kind: CONDITIONERS[kind] for kind in VARIANTS[name]}
     config.net = dict(

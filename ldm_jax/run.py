@@ -51,7 +51,8 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
     if system.reconstruct is not None:
         say(system.nets["perceptual"].describe() if "perceptual" in system.nets else "perceptual distance: none")
     adopt(workdir, config)  # after all that a mistake in the config can fail in, so that a workdir is not left with it
-    options = dict(batch_size=section["batch_size"], seed=config["seed"], place=placer(mesh), share=share(mesh))
+    options = dict(batch_size=section["batch_size"], seed=config["seed"], place=placer(mesh), share=share(mesh),
+                   num_workers=config["data"].get("num_workers") or 0)
     flip, latents = config["data"]["flip"], config.get("latents") or {"cache": False}
 
     def examples(state):

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ldm_jax.types import UserError
 
@@ -75,6 +75,7 @@ def slug(text: str) -> str:
 
 
 def main(argv):
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of every part of a save
     try:
         if argv[1:]:
             raise UserError(f"unexpected argument {argv[1]!r}; options are --name=value")

@@ -1,8 +1,10 @@
 """--suite=train: the update of the training loop, compiled as it compiles it, on a batch that is on the device already."""
-from typing import List, Optional, Tuple
+import dataclasses
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ldm_jax.benchmark import nets, timing
 from ldm_jax.benchmark.report import Row
@@ -11,13 +13,48 @@ from ldm_jax.parallel import cost
 from ldm_jax.parallel.sharding import make_mesh, placer, replicated
 from ldm_jax.parallel.signals import asking
 from ldm_jax.training.loop import compiled_step, train_step
-from ldm_jax.training.state import learning_rate, new_state, optimizer
+from ldm_jax.training.state import TrainState, learning_rate, new_state, optimizer
 
 
-def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
-    if settings.cpu and not case.train_on_cpu and settings.asked is None:
-        return []
-    size = settings.batch or (case.batch if settings.cpu else case.accelerator)[0]
+@dataclasses.dataclass
+class Updates:
+    """The updates of a training loop, one at each call: with `batch`, or with one of its own.
+
+    Attributes:
+      step: as `train_step` made it. compiled: the same, by `compiled_step`.
+      state: after the last update. batch: on the devices. rest: the further arguments of `compiled`.
+      mesh: where they are.
+    """
+    step: Callable
+    compiled: Any
+    state: TrainState
+    batch: Dict[str, jax.Array]
+    rest: Tuple[jax.Array, ...]
+    mesh: Mesh
+
+    def __call__(self, batch: Optional[Mapping[str, jax.Array]] = None) -> Dict[str, jax.Array]:
+        """The metrics, which may not be computed yet."""
+        self.state, metrics = self.compiled(self.state, batch or self.batch, *self.rest)
+        return metrics
+
+    def wait(self) -> None:
+        """One update, to its end."""
+        jax.block_until_ready(self())
+
+
+def unasked(case: nets.Case, settings: Settings) -> bool:
+    """Whether this machine should not train the network unless its name was given."""
+    return settings.cpu and not case.train_on_cpu and settings.asked is None
+
+
+def size_of(case: nets.Case, settings: Settings) -> int:
+    """How many pictures an update takes."""
+    return settings.batch or (case.batch if settings.cpu else case.accelerator)[0]
+
+
+def updates_of(case: nets.Case, settings: Settings) -> Updates:
+    """Those of the network with AdamW and one average, from a state of its own."""
+    size = size_of(case, settings)
     system = nets.system_of(case, settings.dtype, **case.options)
     mesh = make_mesh()
     put = placer(mesh)
@@ -25,18 +62,18 @@ def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
     tx = optimizer("adamw", learning_rate(1e-4, steps=1))
     state = jax.jit(lambda key: new_state(system.init(key), system.trained, tx), out_shardings=replicated(mesh))(jax.random.key(0))
     key, good = (jax.device_put(a, replicated(mesh)) for a in (jax.random.key(0), jnp.bool_(True)))
-    asked = asking(mesh)(0)
+    rest = key, good, asking(mesh)(0)
     step = train_step(system.loss_fn, tx, ema_decay=0.9999)
-    operations = cost.flops(step, state, batch, key, good)
-    compiled = compiled_step(step, state, batch, key, good, asked)
-    memory, counted = cost.memory(compiled), _counted(compiled)
-    held = [state]
+    return Updates(step, compiled_step(step, state, batch, *rest), state, batch, rest, mesh)
 
-    def ours():
-        held[0], metrics = compiled(held[0], batch, key, good, asked)
-        jax.block_until_ready(metrics)
 
-    calls = {"ldm_jax": ours}
+def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
+    if unasked(case, settings):
+        return []
+    size, updates = size_of(case, settings), updates_of(case, settings)
+    operations = cost.flops(updates.step, updates.state, updates.batch, *updates.rest[:2])
+    memory, counted = cost.memory(updates.compiled), _counted(updates.compiled)
+    calls = {"ldm_jax": updates.wait}
     if settings.peer:
         calls.update(settings.peer.training(name, size, settings))
     times = timing.alternate(calls, settings.rounds, warm=2)

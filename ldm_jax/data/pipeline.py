@@ -91,6 +91,19 @@ def _close_all() -> None:
         it.close()
 
 
+def permuted(size: int, seed: int, first: int, end: int) -> np.ndarray:
+    """The examples at positions first ... end - 1 of the endless stream over `size` of them, int64.
+
+    They are those of grain.MapDataset.range(size).seed(seed).shuffle().repeat(), which Grain looks up through objects for each stage,
+    one number at a time: that took longer than all else that a batch of small pictures needs.
+    """
+    from grain.experimental import index_shuffle
+
+    base = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint32)[0])  # as Grain derives it for what comes after .seed
+    return np.array([index_shuffle(i % size, max_index=size - 1, seed=(base + i // size) % 2**32, rounds=4) for i in range(first, end)],
+                    np.int64)
+
+
 def batches(source: Source, *, batch_size: int, seed: int, place: Optional[Callable[[np.ndarray, int, int], Any]] = None,
             share: Tuple[int, int] = (0, 1), flip: bool = False, start: int = 0, num_workers: int = 0) -> Batches:
     """Batch start, start + 1, ... of the source, without end.
@@ -117,13 +130,17 @@ def batches(source: Source, *, batch_size: int, seed: int, place: Optional[Calla
         raise UserError(f"data seed {seed} must be in 0..{2**32 - 1}")
     if start < 0:
         raise UserError(f"start {start} must be the index of a batch, 0 or more")
+    if num_workers < 0:
+        raise UserError(f"num_workers {num_workers} (data.num_workers) must be 0, to decode in a thread, or a number of processes")
     if source.size < 1:
         raise UserError(f"data source {source.name!r} has no images")
     mine = batch_size // shares
     names = spatial(source) if flip else ()
 
-    def read(k: int, ids: np.ndarray) -> Mapping[str, np.ndarray]:
-        batch = dict(source.read(ids.tolist()))
+    def read(k: Any) -> Mapping[str, np.ndarray]:
+        k = int(k)
+        begin = k * batch_size + index * mine  # the shares of one step, laid side by side, are that step's batch of a single process
+        batch = dict(source.read(permuted(source.size, seed, begin, begin + mine).tolist()))
         if flip:
             mirrored = np.random.default_rng((seed, k)).random(batch_size)[index * mine:][:mine] < 0.5
             for name in names:
@@ -136,22 +153,14 @@ def batches(source: Source, *, batch_size: int, seed: int, place: Optional[Calla
     def placed(batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         return {name: place(a, index * mine, batch_size) for name, a in batch.items()}
 
-    def stream_of_ids():
-        import grain
-
-        return grain.MapDataset.range(source.size).seed(seed).shuffle().repeat()
-
     def ids(k: int) -> np.ndarray:
-        order = stream_of_ids()
-        return np.array([order[i] for i in range(k * batch_size, (k + 1) * batch_size)], np.int64)
+        return permuted(source.size, seed, k * batch_size, (k + 1) * batch_size)
 
     def make(first: int):
         import grain
 
-        # repeat before batch, so that no example is lost where an epoch ends; cut into shares and then take this process's,
-        # so that the shares of one step, laid side by side, are that step's batch of a single process
-        parts = stream_of_ids().batch(mine, drop_remainder=True)[index::shares].map_with_index(read)
-        stream = parts[first:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
+        numbers = grain.MapDataset.range(first, 2**62)
+        stream = numbers.map(read).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD))
         if num_workers:
             from absl import flags
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ldm_jax.data import SOURCES, Source, batches, cached
 from ldm_jax.data.base import Field
-from ldm_jax.data.pipeline import Batches
+from ldm_jax.data.pipeline import Batches, permuted
 from ldm_jax.types import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -48,6 +48,25 @@ def test_every_example_comes_once_per_epoch_in_a_new_order(batch_size):
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4 and epochs[0] != list(range(23))
     assert order(take(3, seed=1)) != order(take(3, seed=0)) == order(take(3, seed=0))
+
+
+@pytest.mark.parametrize("size, seed", [(1, 0), (23, 0), (50_000, 7), (1000, 2**32 - 1)])
+def test_the_order_is_grains(size, seed):
+    """Bit for bit, in the first epoch, over its end, and far on: runs that are under way go on with the data that they would have had."""
+    import grain
+
+    stream = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+    for first in (0, max(size - 20, 0), 10**6 * size + 3):
+        assert permuted(size, seed, first, first + 40).tolist() == [stream[i] for i in range(first, first + 40)]
+
+
+def test_memory_changes_nothing(cifar10):
+    """Batches of decoded pictures that are kept are those of pictures that are decoded each time, from the start and gone on with."""
+    kept, decoded = (SOURCES["tfds"]("train", name="cifar10", data_dir=str(cifar10[0]), cache=cache) for cache in (True, False))
+    whole = take(12, decoded, flip=True)  # three epochs of 30
+    assert same(take(12, kept, flip=True), whole)
+    assert same(take(5, kept, flip=True, start=7), whole[7:])  # from memory by now
+    assert same(take(5, SOURCES["tfds"]("train", name="cifar10", data_dir=str(cifar10[0])), flip=True, start=7), whole[7:])
 
 
 def test_image_and_class_belong_together():
@@ -167,6 +186,7 @@ def test_closed_is_closed():
     ({"seed": -1}, "seed -1"),
     ({"seed": 2**32}, "seed"),
     ({"start": -1}, "start"),
+    ({"num_workers": -1}, "num_workers -1"),
 ])
 def test_errors(arguments, says):
     with pytest.raises(UserError, match=says):

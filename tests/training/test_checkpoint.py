@@ -1,6 +1,7 @@
 """Saving and restoring: exact, partial, over device counts, and through damage."""
 import glob
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from ldm_jax.parallel.sharding import make_mesh, shardings
-from ldm_jax.training.checkpoint import Checkpoints, fingerprint
+from ldm_jax.training.checkpoint import Checkpoints, fingerprint, fingerprints
 from ldm_jax.training.state import new_state
 from ldm_jax.types import UserError
 
@@ -187,6 +188,67 @@ def test_fingerprint_sees_every_bit_and_the_order(dtype):
             changed[position] ^= 1 << position % 8
             assert int(fingerprint(jnp.asarray(np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)))) != value
     assert int(fingerprint(jnp.asarray(x[::-1]))) != value
+
+
+def compilations(call):
+    """How many programs `call` compiles."""
+    seen = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    return len(seen)
+
+
+def test_arrays_of_one_shape_share_a_program():
+    some = {i: np.full((3, 70 + i % 2), i, np.float32) for i in range(40)}
+    assert compilations(lambda: fingerprints(some)) == 2
+    assert compilations(lambda: fingerprints(some)) == 0
+
+
+@pytest.mark.parametrize("mesh", [dict(devices=jax.devices()[:1]), dict(data=2, fsdp=4)], ids=["one device", "sharded"])
+def test_the_first_save_compiles_no_fingerprint(tmp_path, mesh):
+    """A new run finds nothing to restore, and compiles then what saving needs, beside what else it begins with."""
+    width = 1100 + 4 * len(mesh)  # of its own, so that no other test has compiled it
+    like = jax.eval_shape(lambda: new_state({"net": {"a": jnp.zeros((16, width)), "b": jnp.zeros(width)}}, ("net",), optax.adam(1e-3)))
+    state = jax.tree.map(lambda a, s: jax.device_put(np.zeros(a.shape, a.dtype), s), like, shardings(like, make_mesh(**mesh)))
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+    def begin():
+        assert checkpoints.restore(like, warn=pytest.fail) is None
+        for thread in threading.enumerate():
+            if thread.name == "fingerprints":
+                thread.join()
+
+    with Checkpoints(str(tmp_path / "c")) as checkpoints:
+        assert compilations(begin) >= 2
+        assert compilations(lambda: fingerprints(state)) == 0
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        equal(checkpoints.restore(like, warn=pytest.fail)[1], state)
+
+
+def test_what_was_saved_compressed_is_restored(tmp_path):
+    """As it was at first; now arrays are written as they are."""
+    state, size = some_state(), 64 * 512 * 4
+    with Checkpoints(str(tmp_path / "c"), keep=None) as checkpoints:
+        zeros = jax.tree.map(jnp.zeros_like, state)
+        notes = {"data": {"next_index": 7}, "fingerprints": fingerprints(zeros)}
+        checkpoints._checkpointer.save_checkpointables_async(1, {"state": zeros}, force=True, metrics={}, custom_metadata=notes)
+        checkpoints.save(2, zeros, {"next_index": 8})
+        checkpoints.wait()
+    assert os.path.getsize(arrays_of(tmp_path / "c", 1)) < size < os.path.getsize(arrays_of(tmp_path / "c", 2))
+    for step, index in ((1, 7), (2, 8)):
+        with Checkpoints(str(tmp_path / "c")) as checkpoints:
+            _, found, data = checkpoints.restore(abstract(state), warn=pytest.fail, step=step)
+        equal(found, zeros)
+        assert data == {"next_index": index}
 
 
 def test_unwritable_directory(tmp_path):
