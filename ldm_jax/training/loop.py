@@ -95,6 +95,7 @@ def several(step: Callable) -> Callable:
     """`step`, see `train_step`, for a tuple of batches: an update with each, one after the other, in one program.
 
     Its metrics are {"finite": of the last update, so that it is the next dispatch's `good`; "steps": those of each update, stacked}.
+    It is a loop: of no use on CPU, where XLA's convolutions are many times slower inside of one.
     """
     def steps(state: TrainState, batches: Sequence[PyTree], key: Array, good: Any = True):
         def one(carry, batch):
@@ -249,10 +250,9 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         n, batch = upcoming()
         ask, good = asking(mesh), jax.jit(lambda: jnp.bool_(True), out_shardings=replicated(mesh))()
         update = train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh)
-        one = batch[0] if n > 1 else batch
+        one, counts = batch[0] if n > 1 else batch, set(lengths()) if steps_per_dispatch > 1 else {1}
         programs = {count: compiled_step(*((several(update), state, (one,) * count) if count > 1 else (update, state, one)),
-                                         key_train, good, ask(0))
-                    for count in (set(lengths()) if steps_per_dispatch > 1 else {1})}  # before the clock and the bar start
+                                         key_train, good, ask(0)) for count in counts}  # before the clock and the bar start
         names = jax.tree.unflatten(programs[n].out_tree, range(programs[n].out_tree.num_leaves))[1]
         known = sorted({*names.get("steps", names)} - set(health.NO_NUMBERS))
         if keep_best and keep_best.removeprefix("+") not in known:
