@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dit=dict(patch=2, width=128, depth=6, num_heads=4, time_shift=1.0, dropout=0.1))
     config.optimizer = dict(name="adam", learning_rate=2e-3, warmup_steps=100, decay="cosine", clip_norm=1.0)
     config.train = dict(batch_size=64, steps=900, accumulate=1, ema_decay=0.995, log_every=50, save_every=300, keep=2,
-                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000))
+                        keep_every=0, keep_best="", averages=dict(stds=(), every=1000), steps_per_dispatch=1)
     config.sampler = dict(name="ddim", steps=50, guidance=1.5, grid="uniform", batch_size=250,
                           ddim=dict(eta=0.0), ddpm=dict(variance="small"))
     config.mesh = dict(data=-1, fsdp=1, sequence=1, tensor=1, rules=())

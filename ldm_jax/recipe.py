@@ -253,7 +253,7 @@ def cifar10_or_shapes() -> dict:
 
 
 FREE = ("train.steps", "train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.keep_best",
-        "train.averages.every", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
+        "train.averages.every", "train.steps_per_dispatch", "sampler", "eval", "mesh", "latents", "data.tfds.data_dir",
         "data.folder.path", "data.num_workers")
 
 ABSENT = {"init_dir": "", "init_part": "", "train.averages": {"stds": []}}  # what a key means to a run from before there was that key

@@ -45,12 +45,18 @@ def _unet(name: str):
     return lambda **options: unet(**{**UNETS[name], **options})
 
 
+def _digits(**options: Any):
+    """That of configs/digits.py: on an accelerator its update takes hardly longer than starting it."""
+    return unet((8, 8, 1), width=32, mults=(1, 2), num_res_blocks=1, attention=(4,), num_heads=4, dropout=0.1, norm_groups=8, **options)
+
+
 _SCANNED = dict(scan_layers=True, remat="dots")
 CASES = {
     "dit_s2": Case(_dit("S"), (32, 32, 4), "class", (8, 8), (512, 256)),
     "dit_b2": Case(_dit("B"), (32, 32, 4), "class", (4, 4), (256, 128)),
     "dit_xl2": Case(_dit("XL"), (32, 32, 4), "class", (1, 1), (128, 64), train_on_cpu=False, options=_SCANNED),
     "ddpm_cifar": Case(_unet("ddpm_cifar"), (32, 32, 3), None, (8, 8), (512, 512)),
+    "digits": Case(_digits, (8, 8, 1), "class", (64, 64), (64, 256)),
     "sd_1": Case(_unet("sd_1"), (64, 64, 4), "text", (1, 1), (32, 8), train_on_cpu=False, options=dict(remat="dots")),
 }
 ON_CPU = ("dit_s2", "ddpm_cifar")  # what is measured there unless more is asked for

@@ -87,13 +87,21 @@ def _ddpm_cifar() -> nn.Module:
                        dropout=0.1, downsample_padding=0)
 
 
+def _digits() -> nn.Module:
+    from diffusers import UNet2DModel
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                       attention_head_dim=16, dropout=0.1, num_class_embeds=nets.CLASSES + 1)
+
+
 def _sd_1() -> nn.Module:
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
 
 
 # name of a case -> () -> its network, with fresh parameters
-PEERS = {"dit_s2": lambda: _dit("S"), "dit_b2": lambda: _dit("B"), "dit_xl2": lambda: _dit("XL"), "ddpm_cifar": _ddpm_cifar, "sd_1": _sd_1}
+PEERS = {"dit_s2": lambda: _dit("S"), "dit_b2": lambda: _dit("B"), "dit_xl2": lambda: _dit("XL"), "ddpm_cifar": _ddpm_cifar,
+         "digits": _digits, "sd_1": _sd_1}
 
 
 def _made(name: str) -> nn.Module:

@@ -1,10 +1,11 @@
 """The training loop, the one for every system: a loss function, an optimiser and batches in, a trained state out."""
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import time
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.logs import Logs, drop_after, progress
 from ldm_jax.training.state import TrainState, new_state
 from ldm_jax.types import Array, LossFn, PyTree, UserError, example_keys, fold_in, writes_files
+
+IN_FLIGHT = 2  # dispatches that are not waited for before the next: the devices are never idle, and signals and memory stay in hand
 
 
 class Interrupted(Exception):
@@ -88,6 +91,43 @@ def train_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, ema_decay: 
     return step
 
 
+def several(step: Callable) -> Callable:
+    """`step`, see `train_step`, for a tuple of batches: an update with each, one after the other, in one program.
+
+    Its metrics are {"finite": of the last update, so that it is the next dispatch's `good`; "steps": those of each update, stacked}.
+    It is a loop: of no use on CPU, where XLA's convolutions are many times slower inside of one.
+    """
+    def steps(state: TrainState, batches: Sequence[PyTree], key: Array, good: Any = True):
+        def one(carry, batch):
+            state, metrics = step(carry[0], batch, key, carry[1])
+            return (state, metrics["finite"]), metrics
+
+        (state, good), metrics = jax.lax.scan(one, (state, jnp.asarray(good)), jax.tree.map(lambda *rows: jnp.stack(rows), *batches))
+        return state, {"finite": good, "steps": metrics}
+
+    return steps
+
+
+def single_steps(metrics: Mapping[str, Any]) -> List[Mapping[str, Any]]:
+    """The metrics of each update of a dispatch, fetched already, whether it made one update or `several`."""
+    if "steps" not in metrics:
+        return [metrics]
+    return [jax.tree.map(lambda rows: rows[i], metrics["steps"]) for i in range(len(metrics["steps"]["finite"]))]
+
+
+def dispatches(step: int, most: int, *, steps: int, every: Sequence[int]) -> Iterator[int]:
+    """How many updates each dispatch makes, from `step` to `steps`: `most`, or 1 where the state is wanted before those are done, as it
+    is at the multiples of the numbers in `every`. Where it is always wanted sooner, `most` is what lies between.
+
+    A run that stops after any of them goes on with those that would have followed; and two programs are all that is compiled.
+    """
+    most = min(most, steps, *every)
+    while step < steps:
+        n = most if most <= min(steps - step, *(due - step % due for due in every)) else 1
+        yield n
+        step += n
+
+
 def _placed(trees: Mapping[str, PyTree], abstract: Mapping[str, PyTree], values: Mapping[str, PyTree]) -> Mapping[str, PyTree]:
     """`trees` with those that `values` has a value for in its place, sharded as `abstract` says. `values` may be a part of it."""
     def put(spec, value):
@@ -135,8 +175,8 @@ def compiled_step(step: Callable, state: Any, batch: PyTree, key: Array, good: A
 def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], trained: Sequence[str], loss_fn: LossFn,
           tx: optax.GradientTransformation, batches: Callable[[int, TrainState], Any], batch_size: int, steps: int, seed: int, mesh: Mesh,
           given: Optional[Callable[[], Mapping[str, PyTree]]] = None, refresh: Optional[Callable] = None, rules: Rules = (),
-          ema_decay: float = 0.9999, accumulate: int = 1, log_every: int = 100, save_every: int = 1000, keep: int = 2,
-          keep_every: int = 0, keep_best: str = "", averages: Mapping[str, Any] = {},
+          ema_decay: float = 0.9999, accumulate: int = 1, steps_per_dispatch: int = 1, log_every: int = 100, save_every: int = 1000,
+          keep: int = 2, keep_every: int = 0, keep_best: str = "", averages: Mapping[str, Any] = {},
           on_save: Optional[Callable[[int, TrainState], None]] = None, config: Optional[Mapping[str, Any]] = None, name: str = "train",
           warn: Callable[[str], None] = print, mark: Callable[[int], None] = lambda step: None) -> TrainState:
     """Train from the newest good checkpoint in `workdir`, or from `init`, up to `steps` updates.
@@ -149,11 +189,13 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
       given: called at the start of a new run for the values of some parameters, by name, in place of what `init` makes of them.
       refresh: see `train_step`.
       batches: (position, state) -> iterator of batches placed by `placer(mesh)`, see `data.pipeline.Batches`.
+      steps_per_dispatch: how many updates one call of the compiled program makes, of one batch each; fewer where a checkpoint or a
+        snapshot is due, see `dispatches`. The mathematics is the same, numbers may differ by rounding; a signal is heeded later.
       keep, keep_every, keep_best: see `Checkpoints`; the metrics are those of the last line logged, the one that ends at the save.
       averages: {"stds": relative lengths of the power-function averages to carry, "every": steps between their snapshots}, which go to
         WORKDIR/averages; none by default.
       on_save: called with (step, state) after every checkpoint, for pictures.
-      warn: is told of checkpoints that are passed over. mark: is told of every step that begins, see `parallel.rollcall`.
+      warn: is told of checkpoints that are passed over. mark: is told of every dispatch that begins, see `parallel.rollcall`.
 
     Raises:
       UserError: a step that is not finite, see `nonfinite.stopped`; a checkpoint that cannot be written or read.
@@ -163,6 +205,8 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
     if batch_size % accumulate or (batch_size // accumulate) % parts:
         raise UserError(f"batch_size={batch_size} does not divide into accumulate={accumulate} parts over the {parts} of the mesh's "
                         f"data x fsdp")
+    if steps_per_dispatch < 1:
+        raise UserError(f"train.steps_per_dispatch={steps_per_dispatch} must be at least 1")
     key = jax.random.key(seed)
     key_init, key_train = jax.random.split(key)
     key_train = place(key_train, replicated(mesh))
@@ -194,34 +238,59 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
         logs = stack.enter_context(Logs(workdir if writes_files() else None))
         data = batches(position["next_index"], state)
         stack.callback(data.close)
-        batch = next(data)
+        every = (save_every, averages.get("every", 1000)) if averages.get("stds") else (save_every,)
+        lengths = functools.partial(dispatches, step, steps_per_dispatch, steps=steps, every=every)
+        to_come = lengths()
+
+        def upcoming() -> Tuple[int, PyTree]:
+            """How many updates the next dispatch makes, and of what: a batch, or a tuple of several."""
+            batches = tuple(next(data) for _ in range(next(to_come)))
+            return len(batches), batches if len(batches) > 1 else batches[0]
+
+        n, batch = upcoming()
         ask, good = asking(mesh), jax.jit(lambda: jnp.bool_(True), out_shardings=replicated(mesh))()
         update = train_step(loss_fn, tx, ema_decay=ema_decay, accumulate=accumulate, refresh=refresh)
-        update = compiled_step(update, state, batch, key_train, good, ask(0))  # before the clock and the bar start
-        known = sorted({*jax.tree.unflatten(update.out_tree, range(update.out_tree.num_leaves))[1]} - set(health.NO_NUMBERS))
+        one, counts = batch[0] if n > 1 else batch, set(lengths()) if steps_per_dispatch > 1 else {1}
+        programs = {count: compiled_step(*((several(update), state, (one,) * count) if count > 1 else (update, state, one)),
+                                         key_train, good, ask(0)) for count in counts}  # before the clock and the bar start
+        names = jax.tree.unflatten(programs[n].out_tree, range(programs[n].out_tree.num_leaves))[1]
+        known = sorted({*names.get("steps", names)} - set(health.NO_NUMBERS))
         if keep_best and keep_best.removeprefix("+") not in known:
             raise UserError(f"train.keep_best={keep_best!r} is no metric of this run; choose from: {', '.join(known)}")
         bar = stack.enter_context(progress(steps, step, name))
         seen = stack.enter_context(watch_signals())
-        window, since, last_logged, stalled, blocks = [], time.perf_counter(), {}, 0.0, health.block_names(state.params)
+        unread, window, logged = [], [], step  # (last step, metrics) of dispatches; metrics of the steps after `logged` that are read
+        since, last_logged, stalled, blocks = time.perf_counter(), {}, 0.0, health.block_names(state.params)
         ahead = position["next_index"] - step  # of the steps in the data, should a run have begun elsewhere than at its beginning
 
-        def read_window() -> None:
-            """Fetch and log the metrics of the steps since the last time; stop where they are not finite."""
-            nonlocal window, since, last_logged, stalled
-            if not window:
-                return
-            values = [v for v in jax.device_get(window) if v["finite"]]
-            if values:
-                mean = health.summary(values, blocks)
-                mean["images_per_s"] = len(window) * batch_size / (time.perf_counter() - since)
-                mean.update({"save_s": stalled} if stalled else {})
-                logs.scalars(step - len(window) + len(values), mean)
-                last_logged = {name: value for name, value in mean.items() if isinstance(value, float)}
-                bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
-            if len(values) < len(window):
+        def read(count: int, rest: bool = False) -> None:
+            """Fetch the metrics of the `count` oldest dispatches that are unread. Log a line at each multiple of log_every; where `rest`
+            also of what is left, as before a step that is not finite, at which it stops."""
+            nonlocal since
+            values = [row for _, metrics in jax.device_get(unread[:count]) for row in single_steps(metrics)]
+            del unread[:count]
+            now = time.perf_counter()
+            rate, since = len(values) * batch_size / (now - since), now
+            finite = [row for row in values if row["finite"]]
+            for row in finite:
+                window.append(row)
+                if (logged + len(window)) % log_every == 0:
+                    log(rate)
+            if window and (rest or len(finite) < len(values)):
+                log(rate)
+            if len(finite) < len(values):
                 give_up()
-            window, since, stalled = [], time.perf_counter(), 0.0
+
+        def log(rate: float) -> None:
+            """A line for the steps of the window."""
+            nonlocal logged, last_logged, stalled
+            logged += len(window)
+            mean = {**health.summary(window, blocks), "images_per_s": rate, **({"save_s": stalled} if stalled else {})}
+            logs.scalars(logged, mean)
+            last_logged = {name: value for name, value in mean.items() if isinstance(value, float)}
+            bar.set_postfix_str(f"loss {mean['loss']:.4f}, {mean['images_per_s']:.0f} images/s")
+            window.clear()
+            stalled = 0.0
 
         def give_up() -> None:
             """Say what is wrong with the step after `state`, and keep that."""
@@ -234,7 +303,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
 
         def save() -> None:
             nonlocal stalled
-            read_window()
+            read(len(unread), rest=True)
             began = time.perf_counter()
             logs.flush()
             snapshots.wait()
@@ -243,14 +312,14 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
 
         while step < steps:
             mark(step)
-            state, metrics = update(state, batch, key_train, good, ask(seen[0] if seen else 0))
+            state, metrics = programs[n](state, batch, key_train, good, ask(seen[0] if seen else 0))
             good = metrics["finite"]
-            step += 1
-            bar.update()
-            window.append(metrics)
-            done = jax.block_until_ready(window[-min(3, len(window))])  # at most two steps in flight: signals and memory stay in hand
-            if not done["finite"] or step % log_every == 0:
-                read_window()
+            step += n
+            bar.update(n)
+            unread.append((step, metrics))
+            landed, done = unread[-1 - IN_FLIGHT] if len(unread) > IN_FLIGHT else (logged, {"finite": True, "asked": 0})
+            if not done["finite"] or landed // log_every > logged // log_every:  # waits for that dispatch
+                read(len(unread) - IN_FLIGHT)
             stop = int(done["asked"]) if jax.process_count() > 1 else seen and seen[0]  # all processes at the same step
             if stop:
                 began = time.perf_counter()
@@ -264,7 +333,7 @@ def train(*, workdir: str, init: Callable[[Array], Mapping[str, PyTree]], traine
                     since = time.perf_counter()
             snapshots.offer(step, state.powers)
             if step < steps:
-                batch = next(data)
+                n, batch = upcoming()
         checkpoints.wait()
         snapshots.wait()
         return state
