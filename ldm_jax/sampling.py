@@ -105,7 +105,8 @@ class Pipeline:
                guidance: Any = None, x_init: Optional[Array] = None, *, grid: Any = None, batch_size: Optional[int] = None,
                trajectory: bool = False, classifier: Optional["Pipeline"] = None, classifier_scale: Any = None,
                image: Any = None, mask: Any = None, strength: Optional[float] = None,
-               window: Tuple[float, float] = (0.0, 1.0), **options: Any) -> Any:
+               window: Tuple[float, float] = (0.0, 1.0), guidance_interval: Optional[Tuple[float, float]] = None,
+               **options: Any) -> Any:
         """Make pictures. Picture i depends on (key, i) and its condition, not on how many are made or on the batch size.
 
         The network is compiled in the first call. Calls with another key, other values of the conditions, guidance, classifier_scale,
@@ -134,6 +135,8 @@ class Pipeline:
             for which it starts from noise alone.
           window: the part of the way from noise (0) to data (1) that is made. One that ends before 1 gives x_t, one that begins after 0
             takes it as x_init: a model for the first part and another for the rest (Podell et al. 2023, section 2.5).
+          guidance_interval: (low, high) of sigma / alpha, outside which there is no guidance, and no unconditional half is computed
+            (Kynkäänniemi et al. 2024).
           options: the sampler's own, such as eta=0.5 for "ddim"; a number, or one for each picture.
 
         Returns:
@@ -156,6 +159,11 @@ class Pipeline:
         key = _key(key)
         classifier, wanted = classifier or self.classifier, classifier is not None
         given, edit = self._pictures(image, mask, strength, window)
+        interval = self.defaults.get("guidance_interval") if guidance_interval is None else guidance_interval
+        if interval is not None:
+            if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+                raise UserError(f"guidance_interval={interval} must be two numbers of sigma / alpha, 0 <= low < high")
+            interval = tuple(map(np.float32, interval))
         cond, labels = self._conditions(cond, given, classifier)
         num = _positive("num", num if num is not None else _length((cond, labels, edit["image"], edit["known"]), x_init))
         guidance = self._guidance(guidance, cond, num)
@@ -178,7 +186,7 @@ class Pipeline:
         for name, value in numbers.items():
             if value.shape not in ((), (num,)):
                 raise UserError(f"{name} has shape {value.shape} for num={num} pictures; give one number, or one each")
-        of_run = {"strength": edit["strength"], "window": edit["window"]}
+        of_run = {"strength": edit["strength"], "window": edit["window"], "guidance_interval": interval}
         kind = dict(classify=None if judge is None else classifier.system.classify, sampler=sampler, static=tuple(sorted(static.items())),
                     grid=grid, capacity=capacity, trajectory=trajectory, begun=edit["begun"], decoded=edit["decoded"])
         size = self._size(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or BATCH), kind,

@@ -26,6 +26,9 @@ SAMPLERS = {
 }
 
 
+AHEAD = 16  # steps for which a denoiser may prepare at once
+
+
 def make_sampler(sampler: Union[str, Sampler], **options: Any) -> Sampler:
     """A row of SAMPLERS made with `options`; a Sampler as it is.
 
@@ -68,7 +71,7 @@ def room_for(steps, capacity: Optional[int]) -> int:
 
 
 def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sampler: Union[str, Sampler] = "ddim", steps=50,
-           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, **options):
+           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, ahead: Optional[Callable[[Array], Denoise]] = None, **options):
     """Run a sampling method from x at the grid's first time to its last, in one loop.
 
     Args:
@@ -81,6 +84,8 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
         asked for are run, and no gradient goes backwards through them unless `trajectory` is asked for.
       grid: a row of GRIDS, a function (schedule, steps, capacity) -> times [capacity + 1], or the times themselves, [capacity +
         1] or [capacity + 1, B] with its own for each example; what comes after entry `steps` is not visited.
+      ahead: times [AHEAD + 1] -> `denoise` for these times alone, for which it may compute something at once; used where the number of
+        steps is traced, with a Sampler that keeps to the grid (`on_grid`).
       trajectory: also return what was visited, {"x": [capacity + 1, B, ...], "t": [capacity + 1] or [capacity + 1, B]}.
 
     Returns:
@@ -98,7 +103,7 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
         times = _upwards(times, count)
     keys = example_keys(key, x.shape[0])
 
-    def advance(i, t, s, x, carry):
+    def advance(denoise, i, t, s, x, carry):
         t, s = (jnp.broadcast_to(u, x.shape[:1]) for u in (t, s))
         moved, carry = sampler.step(denoise, schedule, x, t, s, fold_in(keys, i), carry)
         moved = jnp.where(expand(i < count, x), moved, x) if count.ndim else moved
@@ -106,12 +111,25 @@ def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sample
 
     def body(state, inputs):
         i, t, s = inputs
-        state = jax.lax.cond(jnp.any(i < count), lambda state: advance(i, t, s, *state), lambda state: state, state)
+        state = jax.lax.cond(jnp.any(i < count), lambda state: advance(denoise, i, t, s, *state), lambda state: state, state)
         return state, state[0] if trajectory else None
 
     start = (x, sampler.init(x, steps))
     if is_traced(steps) and not trajectory:  # as many rounds as steps: room for more costs nothing
-        return jax.lax.fori_loop(0, jnp.max(count), lambda i, state: advance(i, times[i], times[i + 1], *state), start)[0]
+        last = jnp.max(count)
+
+        def run(denoise, first, last, state):
+            return jax.lax.fori_loop(first, last, lambda i, state: advance(denoise, i, times[i], times[i + 1], *state), state)
+
+        if ahead is None or times.ndim > 1:
+            return run(denoise, 0, last, start)[0]
+
+        def several(block, state):
+            first = block * AHEAD
+            near = times[jnp.minimum(first + jnp.arange(AHEAD + 1), capacity)]
+            return run(ahead(near), first, jnp.minimum(first + AHEAD, last), state)
+
+        return jax.lax.fori_loop(0, -(-last // AHEAD), several, start)[0]
     (end, _), visited = jax.lax.scan(body, start, (jnp.arange(capacity), times[:-1], times[1:]))
     if trajectory:
         return end, {"x": jnp.concatenate([x[None], visited]), "t": times}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ldm_jax import process
 from ldm_jax.systems import conditions
 from ldm_jax.systems.conditions import Conditioner
-from ldm_jax.types import Array, Cond, PyTree, example_keys, fold_in, to_signed
+from ldm_jax.types import Array, Cond, Denoise, PyTree, example_keys, fold_in, to_signed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Codec:
 _CONDITION, _PICTURE = 2**31 - 1, 2**31 - 2
 
 
-_TABLE = 2**28  # bytes that what depends on the time may take, for all steps together; where it takes more it is no part worth saving
+_TABLE = 2**28  # bytes that what depends on the time may take, for several steps together; where it takes more, batches are so large that it is no part worth saving
 
 
 def _if_small(table: Callable[[], PyTree]) -> PyTree:
@@ -117,16 +117,23 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
     def prediction(apply):
         return process.parameterizations.preconditioned(apply, schedule) if parameterization == "edm" else apply
 
-    def denoise(params, cond: Cond, x: Array, times: Optional[Array]):
-        """The denoiser of batches like x; what does not depend on x_t is computed here. times: all that it will be asked for, if known."""
+    def denoisers(params, cond: Cond, x: Array):
+        """times -> the denoiser of batches like x; what depends on the condition alone is computed here, and on `times` there.
+
+        times: all that the denoiser will be asked for, [N], or None where that is not known.
+        """
         kept = net.of_condition(params["net"], x, cond)
-        table = {} if times is None else _if_small(lambda: net.of_times(params["net"], x, times, cond))
 
-        def raw(x_t, t):
-            row = jax.tree.map(lambda a: a[jnp.argmin(jnp.abs(times - t[0]))], table)
-            return net.apply(params["net"], x_t, t, cond, kept={**kept, **row})
+        def at(times: Optional[Array]) -> Denoise:
+            table = {} if times is None else _if_small(lambda: net.of_times(params["net"], x, times, cond))
 
-        return process.denoiser(prediction(raw), schedule, parameterization, learned_variance=learned_variance)
+            def raw(x_t, t):
+                row = jax.tree.map(lambda a: a[jnp.argmin(jnp.abs(times - t[0]))], table)
+                return net.apply(params["net"], x_t, t, cond, kept={**kept, **row})
+
+            return process.denoiser(prediction(raw), schedule, parameterization, learned_variance=learned_variance)
+
+        return at
 
     def sample(params, x: Array, keys: Array, cond: Optional[Mapping[str, PyTree]], *, sampler: process.Sampler, steps,
                capacity: int, grid="uniform", guidance=None, log_prob=None, log_prob_scale=1.0, trajectory: bool = False,
@@ -150,24 +157,31 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
         if image is not None:
             times, steps = process.editing.last_steps(times, steps, strength)
         times = jnp.clip(times, 0.0, 1.0)
-        asked = times if sampler.on_grid and times.ndim == 1 and parameterization != "edm" else None
-        predict = denoise(params, given, x, asked)
-        if guidance is not None and any(c.drop for c in conditioners.values()):
-            pair, single = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), given, without), predict
-            double = denoise(params, pair, jnp.concatenate([x, x]), asked)
+        guided = guidance is not None and any(c.drop for c in conditioners.values())
+        single = denoisers(params, given, x)
+        if guided:
+            pair = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), given, without)
+            double = denoisers(params, pair, jnp.concatenate([x, x]))
             scale = guidance if guidance_interval is None else process.guidance.within(schedule, guidance, *guidance_interval)
 
-            def together(x_t, t):
-                answer = double(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
-                return tuple(jax.tree.map(lambda a: a[half * len(x_t):][:len(x_t)], answer) for half in (0, 1))
+        def predictor(near: Optional[Array] = None):
+            """The denoiser that the sampler asks, at the times `near` only where they are given."""
+            predict = single(near)
+            if guided:
+                alone, both = predict, double(near)
 
-            def both(x_t, t):
-                off = jnp.all((scale(t) if callable(scale) else scale) == 1)
-                return jax.lax.cond(off, lambda x_t, t: (single(x_t, t),) * 2, together, x_t, t)
+                def together(x_t, t):
+                    answer = both(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]))
+                    return tuple(jax.tree.map(lambda a: a[half * len(x_t):][:len(x_t)], answer) for half in (0, 1))
 
-            predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(both), scale)
-        if log_prob is not None:
-            predict = process.GUIDANCE["classifier"](predict, log_prob, log_prob_scale, schedule)
+                def halves(x_t, t):
+                    off = jnp.all((scale(t) if callable(scale) else scale) == 1)
+                    return jax.lax.cond(off, lambda x_t, t: (alone(x_t, t),) * 2, together, x_t, t)
+
+                predict = process.GUIDANCE["classifier_free"](*process.guidance.halves(halves), scale)
+            if log_prob is not None:
+                predict = process.GUIDANCE["classifier"](predict, log_prob, log_prob_scale, schedule)
+            return predict
 
         def latents(pictures):
             return codec.encode(params, {"image": pictures}, fold_in(keys, _PICTURE))
@@ -176,11 +190,12 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
             x = schedule.alpha(times[0]) * latents(image) + schedule.sigma(times[0]) * x
         elif not begun:
             x = (schedule.sigma(jnp.float32(1.0)) if start is None else start) * x
+        ahead = predictor if sampler.on_grid and parameterization != "edm" else None
         if known is not None:
             pictures, mask = known
             rows, columns = (n // m for n, m in zip(mask.shape[1:3], x.shape[1:3]))
             sampler = process.editing.keeping(sampler, latents(pictures), mask[:, ::rows, ::columns])
-        out = process.sample(predict, schedule, x, keys, sampler=sampler, steps=steps, grid=times, capacity=capacity,
+        out = process.sample(predictor(), schedule, x, keys, ahead=ahead, sampler=sampler, steps=steps, grid=times, capacity=capacity,
                              trajectory=trajectory)
         end, visited = out if trajectory else (out, None)
         end = codec.decode(params, end) if decoded else end
