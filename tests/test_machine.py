@@ -50,3 +50,59 @@ def test_a_directory_that_cannot_be_made_is_gone_without(untold, monkeypatch, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     machine.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_on_cpu_barriers_last_until_code_is_made():
+    def f(x):
+        return jax.lax.optimization_barrier(x + 1) * 2
+
+    for options, kept in ((machine.compiler_options(), True), ({}, False)):
+        text = jax.jit(f, compiler_options=options).lower(jax.numpy.ones(8)).compile().as_text()
+        assert ("opt-barrier" in text) == kept
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(machine, "_ON_CPU", {"xla_of_another_age": "1", "xla_disable_hlo_passes": "cse_barrier_expander"})
+    machine._known.cache_clear()
+    assert machine.compiler_options() == {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    machine._known.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_a_step_is_the_same_with_the_options_and_without(name):
+    """And the sums of residual branches are not computed again in every block: without the options work grows as depth squared."""
+    from ldm_jax.models.dit import dit
+    from ldm_jax.models.unet import unet
+    net = dit((8, 8, 2), width=16, depth=6, num_heads=2) if name == "dit" else unet(
+        (8, 8, 2), width=8, mults=(1, 2), num_res_blocks=2, attention=(4,), num_heads=2)
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), jax.jit(net.init)(jax.random.key(0)))
+    x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 2)), jax.numpy.full(2, 0.5)
+
+    def gradient(params, x):
+        return jax.value_and_grad(lambda params: jax.numpy.mean(net.apply(params, x, t) ** 2))(params)
+
+    with_options, without = (jax.jit(gradient, compiler_options=options)(params, x) for options in (machine.compiler_options(), {}))
+    largest = max(float(jax.numpy.max(jax.numpy.abs(a))) for a in jax.tree.leaves(without))
+    for a, b in zip(jax.tree.leaves(with_options), jax.tree.leaves(without), strict=True):
+        assert float(jax.numpy.max(jax.numpy.abs(a - b))) < 1e-5 * largest
+
+
+def test_freed_memory_is_kept():
+    """Pages that a process has had once it does not ask the kernel for again."""
+    import subprocess
+    import sys
+    code = """
+import resource, numpy as np
+from ldm_jax import machine
+machine.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**24).sum()  # 128 MiB, 32,768 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(machine.__file__)))
+    if "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"):
+        pytest.skip("the GNU C library alone")
+    assert int(out.stdout) < 3000, out.stderr

@@ -57,7 +57,8 @@ class DiT(nn.Module):
         self.t_embedder = nn.ModuleDict({"mlp": _linears(256, width, width)})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.final_layer = nn.ModuleDict({"adaLN_modulation": _linears(width, 2 * width), "linear": nn.Linear(width, patch * patch * channels)})
+        last = nn.Linear(width, patch * patch * channels)
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": _linears(width, 2 * width), "linear": last})
         self.register_buffer("pos_embed", torch.tensor(sincos_positions(side // patch, side // patch, width))[None])
 
     def forward(self, x, t, y):

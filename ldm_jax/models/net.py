@@ -3,6 +3,7 @@ import dataclasses
 import functools
 from typing import Any, Mapping, Optional, Tuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -85,6 +86,8 @@ class Net:
         return jax.vmap(lambda t: self._kept(TIME, params, x_t, jnp.full(len(x_t), t), cond))(times)
 
     def _kept(self, collection: str, params: PyTree, x_t: Array, t: Array, cond: Any) -> PyTree:
+        if not isinstance(self.module, nn.Module):
+            return {}
         cond = self.conditions(cond, len(x_t))
         return self.module.apply({"params": params}, x_t, self.module_time(t), cond, mutable=[collection])[1]
 

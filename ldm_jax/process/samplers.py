@@ -71,7 +71,8 @@ def room_for(steps, capacity: Optional[int]) -> int:
 
 
 def sample(denoise: Denoise, schedule: Schedule, x: Array, key: Array, *, sampler: Union[str, Sampler] = "ddim", steps=50,
-           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False, ahead: Optional[Callable[[Array], Denoise]] = None, **options):
+           grid: Union[str, Callable, Array] = "uniform", capacity: Optional[int] = None, trajectory: bool = False,
+           ahead: Optional[Callable[[Array], Denoise]] = None, **options):
     """Run a sampling method from x at the grid's first time to its last, in one loop.
 
     Args:

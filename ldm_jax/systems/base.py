@@ -71,7 +71,7 @@ class Codec:
 _CONDITION, _PICTURE = 2**31 - 1, 2**31 - 2
 
 
-_TABLE = 2**28  # bytes that what depends on the time may take, for several steps together; where it takes more, batches are so large that it is no part worth saving
+_TABLE = 2**28  # bytes that what depends on the time may take, for several steps; where it takes more it is no part worth saving
 
 
 def _if_small(table: Callable[[], PyTree]) -> PyTree:
@@ -122,14 +122,15 @@ def diffusion(net, *, image_shape: Tuple[int, int, int], schedule: process.Sched
 
         times: all that the denoiser will be asked for, [N], or None where that is not known.
         """
-        kept = net.of_condition(params["net"], x, cond)
+        prepares = hasattr(net, "of_condition")  # all that a net must have is init and apply
+        kept = net.of_condition(params["net"], x, cond) if prepares else {}
 
         def at(times: Optional[Array]) -> Denoise:
-            table = {} if times is None else _if_small(lambda: net.of_times(params["net"], x, times, cond))
+            table = {} if times is None or not prepares else _if_small(lambda: net.of_times(params["net"], x, times, cond))
 
             def raw(x_t, t):
                 row = jax.tree.map(lambda a: a[jnp.argmin(jnp.abs(times - t[0]))], table)
-                return net.apply(params["net"], x_t, t, cond, kept={**kept, **row})
+                return net.apply(params["net"], x_t, t, cond, **({"kept": {**kept, **row}} if prepares else {}))
 
             return process.denoiser(prediction(raw), schedule, parameterization, learned_variance=learned_variance)
 

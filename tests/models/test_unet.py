@@ -63,7 +63,8 @@ def test_remat_changes_no_number(depth, compared):
     text = {remat: run.as_text() for remat, run in runs.items()}
     convolutions = {remat: lines.count("stablehlo.convolution") for remat, lines in text.items()}
     assert convolutions["full"] > convolutions["none"] == convolutions["dots"]
-    assert [remat for remat in runs if "optimization_barrier" in text[remat]] == ["dots", "full"]
+    barriers = {remat: lines.count("optimization_barrier") for remat, lines in text.items()}
+    assert min(barriers["dots"], barriers["full"]) > barriers["none"]
     got, want = (runs[remat].compile()((params, x)) for remat in (compared, "none"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, np.abs(b).max())), got, want)
 
