@@ -16,7 +16,7 @@ _ON_CPU = {
     # Matrix products and convolutions by Eigen: YNNPACK's, with what it fuses to them, are slower.
     "xla_cpu_experimental_ynn_fusion_type": "",
 }
-_NO_MMAP, _TRIM_THRESHOLD = -4, -1  # mallopt's M_MMAP_MAX and M_TRIM_THRESHOLD
+_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # parameters of mallopt
 
 
 def compiler_options() -> Dict[str, Any]:
@@ -46,8 +46,9 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
-    mallopt(_NO_MMAP, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, -1)  # never
+    mallopt(_ARENA_MAX, 1)  # other threads' arenas hold 64 MiB at most; what is larger they have mapped anew, whatever else is said
 
 
 def use_compilation_cache() -> None:

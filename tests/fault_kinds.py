@@ -311,7 +311,7 @@ def picture_spoilt(t: Try, spoilt: Callable[[str, np.random.Generator], str]) ->
 
 
 def decode_in_processes() -> None:
-    """What no setting of a recipe does yet."""
+    """What `data.num_workers=1` does, here without being a change of the config."""
     ldm_jax.run.batches = functools.partial(ldm_jax.run.batches, num_workers=1)
 
 
