@@ -102,7 +102,8 @@ def faults():
 faults()
 print(faults())
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(os.path.dirname(machine.__file__)))
+    root = os.path.dirname(os.path.dirname(machine.__file__))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     if "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"):
         pytest.skip("the GNU C library alone")
     assert int(out.stdout) < 3000, out.stderr

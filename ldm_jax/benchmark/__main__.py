@@ -6,6 +6,7 @@ Prints a table and writes JSON with device, versions and commit. Peers take turn
 ours above 1 being the faster, its median with the smallest and the largest. Without --net the networks are those that the machine can bear.
 """
 import datetime
+import importlib.util
 import os
 import re
 import sys
@@ -60,14 +61,14 @@ def suite(name: str):
 
 
 def peer():
-    """The module of the peer that is asked for, None without."""
+    """The peer that is asked for, in its own process; None without."""
     if not FLAGS.peer:
         return None
-    try:
-        from ldm_jax.benchmark import peer
-    except ImportError as error:
-        raise UserError(f"--peer={FLAGS.peer} needs PyTorch ({error}); pip install -e .[parity]") from error
-    return peer
+    missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--peer={FLAGS.peer} needs {', '.join(missing)}; pip install -e .[parity]")
+    from ldm_jax.benchmark.aside import Peer
+    return Peer()
 
 
 def slug(text: str) -> str:

@@ -6,7 +6,7 @@ U-Nets are those of diffusers; DiT is written here after Peebles & Xie 2023, its
 import copy
 import functools
 import math
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Sequence
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def _autocast():
 
 
 
-def training(name: str, size: int, settings) -> Dict[str, Callable[[], None]]:
+def training(name: str, size: int, labels: Sequence[str]) -> Dict[str, Callable[[], None]]:
     """label -> one update, each with parameters of its own."""
     case = nets.CASES[name]
     images = torch.tensor(np.asarray(nets.batch_of(case, size)["image"]), device=DEVICE).permute(0, 3, 1, 2)
@@ -163,7 +163,7 @@ def training(name: str, size: int, settings) -> Dict[str, Callable[[], None]]:
         return step
 
     calls = {}
-    for label in settings.peer_labels:
+    for label in labels:
         calls[label] = update(copy.deepcopy(net))
     return calls
 
@@ -191,11 +191,11 @@ def _for_sampling(name: str) -> Dict[str, nn.Module]:
     return {"torch eager": net, "torch compiled": torch.compile(net)}
 
 
-def sampling(name: str, count: int, guidance: float, settings) -> Dict[str, Callable[[], Any]]:
+def sampling(name: str, count: int, guidance: float, steps: int, labels: Sequence[str]) -> Dict[str, Callable[[], Any]]:
     """label -> pictures, as numbers in [0, 1] on the host."""
     case = nets.CASES[name]
     cond, null, abar, made = _given(case, count), _given(case, count, null=True), _schedule(), _for_sampling(name)
-    ks = [round(1000 * (settings.steps - i) / settings.steps) - 1 for i in range(settings.steps)]
+    ks = [round(1000 * (steps - i) / steps) - 1 for i in range(steps)]
 
     def pictures(net):
         H, W, C = case.shape
@@ -203,4 +203,4 @@ def sampling(name: str, count: int, guidance: float, settings) -> Dict[str, Call
         x = x if name.startswith("dit") else x.contiguous(memory_format=torch.channels_last)
         return (ddim(net, x, ks, abar, cond, null, guidance) / 2 + 0.5).clamp(0, 1).cpu().numpy()
 
-    return {label: functools.partial(pictures, made[label]) for label in settings.peer_labels}
+    return {label: functools.partial(pictures, made[label]) for label in labels}

@@ -28,7 +28,7 @@ def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
 
             calls = {"ldm_jax": ours}
             if settings.peer:
-                calls.update(settings.peer.sampling(name, count, guidance, settings))
+                calls.update(settings.peer.sampling(name, count, guidance, settings.steps, settings.peer_labels))
             times = timing.alternate(calls, settings.rounds, warm=2)
             taken, low, high = timing.spread(times["ldm_jax"])
             best, ratio = fastest(times)

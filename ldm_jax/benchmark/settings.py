@@ -17,7 +17,7 @@ class Settings:
     Attributes:
       rounds: how often each call is timed. steps: of the sampler.
       batch: instead of the cases' own. asked: the names given by --net, None for those of the machine.
-      peer: the module of the peer, None without. peer_labels: which ways of it.
+      peer: see `aside.Peer`, None without. peer_labels: which ways of it.
     """
     rounds: int = 5
     steps: int = 10

@@ -75,7 +75,7 @@ def run(name: str, case: nets.Case, settings: Settings) -> List[Row]:
     memory, counted = cost.memory(updates.compiled), _counted(updates.compiled)
     calls = {"ldm_jax": updates.wait}
     if settings.peer:
-        calls.update(settings.peer.training(name, size, settings))
+        calls.update(settings.peer.training(name, size, settings.peer_labels))
     times = timing.alternate(calls, settings.rounds, warm=2)
     ours_s, low, high = timing.spread(times["ldm_jax"])
     best, ratio = fastest(times)

@@ -50,7 +50,8 @@ def test_json_and_table(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, said", [("--suite=speed", "unknown suite 'speed'; choose from: train"),
-                                         ("--net=resnet", "unknown net 'resnet'; choose from: dit_s2, dit_b2"), ("now", "unexpected argument")])
+                                         ("--net=resnet", "unknown net 'resnet'; choose from: dit_s2, dit_b2"),
+                                         ("now", "unexpected argument")])
 def test_a_mistake_is_one_line(wrong, said):
     out = subprocess.run([sys.executable, "-m", "ldm_jax.benchmark", wrong], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 2 and said in out.stderr and "Traceback" not in out.stderr

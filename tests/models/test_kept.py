@@ -60,7 +60,8 @@ def test_a_sampler_on_the_grid_asks_for_times_of_it_only(sampler):
         return x * (schedule.alpha(t) / (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2))[:, None]
 
     times = jnp.clip(process.samplers.grid_times("uniform", schedule, n, 8), 0, 1)
-    run = jax.jit(lambda x, steps: process.sample(denoise, schedule, x, jax.random.key(1), sampler=sampler, steps=steps, grid=times, capacity=8))
+    run = jax.jit(lambda x, steps: process.sample(denoise, schedule, x, jax.random.key(1), sampler=sampler, steps=steps, grid=times,
+                                                  capacity=8))
     run(jnp.ones((2, 3)), n).block_until_ready()
     jax.effects_barrier()
     assert len(seen) >= n and set(np.concatenate(seen).tolist()) <= set(np.asarray(times[:n + 1]).tolist())
@@ -73,7 +74,8 @@ def pictures(name, monkeypatch, table, sampler="ddim", guidance=2.0, **options):
     words = jax.random.normal(jax.random.key(1), (3, 3, 6))
     run = jax.jit(lambda steps, guidance: system.sample(
         {"net": params}, jax.random.normal(jax.random.key(0), (3, *SHAPE)), jax.random.split(jax.random.key(3), 3),
-        {"class": jnp.arange(3), "words": CONDITIONERS["words"].read(np.asarray(words))}, sampler=process.samplers.make_sampler(sampler), steps=steps, capacity=64,
+        {"class": jnp.arange(3), "words": CONDITIONERS["words"].read(np.asarray(words))},
+        sampler=process.samplers.make_sampler(sampler), steps=steps, capacity=64,
         guidance=guidance, **options))
     return np.asarray(run(jnp.int32(19), None if guidance is None else jnp.full(3, guidance)))
 
