@@ -9,17 +9,19 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from ldm_jax.benchmark import nets, peer  # noqa: E402
-from ldm_jax.pipelines import load_original  # noqa: E402
+from ldm_jax.models.dit import dit  # noqa: E402
+from ldm_jax.weights import original_dit, rules  # noqa: E402
 
 
-def test_the_dit_is_ours(tmp_path):
+def test_the_dit_is_ours():
     torch.manual_seed(0)
     theirs = peer.DiT(8, 4, depth=2, width=32, heads=2, classes=10)
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    torch.save(theirs.state_dict(), tmp_path / "dit.pt")
-    said = dict(layout="dit_xl_2_256", input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, learn_sigma=False)
-    net, params = load_original(str(tmp_path / "dit.pt"), said).nets["net"]
+    arrays = {name: a.numpy() for name, a in theirs.state_dict().items() if name != original_dit.POSITIONS}
+    arguments = original_dit.dit_arguments(dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10, learn_sigma=False))
+    net = dit(**arguments)
+    params = rules.load(original_dit.dit_rules(arguments), arrays, jax.eval_shape(net.init, jax.random.key(0)))
     x, y = np.random.default_rng(0).standard_normal((3, 8, 8, 4)).astype(np.float32), np.array([0, 4, 10])
     with torch.no_grad():
         want = theirs(torch.tensor(x).permute(0, 3, 1, 2), torch.full((3,), 249), torch.tensor(y)).permute(0, 2, 3, 1).numpy()
