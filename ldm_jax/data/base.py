@@ -52,8 +52,8 @@ def cached(source: Source, limit: int = CACHE_BYTES) -> Source:
         fields["class"] = Field((), "int32")
     if source.size * sum(math.prod(f.shape) * np.dtype(f.dtype).itemsize for f in fields.values()) > limit:
         return source
-    kept = {name: np.empty((source.size, *f.shape), f.dtype) for name, f in fields.items()}  # pages are claimed as they are written
-    return dataclasses.replace(source, read=_Cache(source.read, kept, np.zeros(source.size, bool)))
+    arrays = {name: ((source.size, *f.shape), f.dtype) for name, f in fields.items()}  # pages are claimed as they are written
+    return dataclasses.replace(source, read=_empty(source.read, arrays, source.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,10 @@ class _Cache:
     fetch: Callable
     kept: Mapping[str, np.ndarray]
     have: np.ndarray
+
+    def __reduce__(self):
+        """A copy in another process begins empty: this one may be filled just now by a thread, and half of it would look like all."""
+        return _empty, (self.fetch, {name: (array.shape, array.dtype) for name, array in self.kept.items()}, len(self.have))
 
     def __call__(self, ids):
         ids = np.asarray(ids)
@@ -71,6 +75,10 @@ class _Cache:
                 array[missing] = batch[name]
             self.have[missing] = True  # last, so that another thread never sees a row before its values
         return {name: array[ids] for name, array in self.kept.items()}
+
+
+def _empty(fetch, arrays, size: int) -> _Cache:
+    return _Cache(fetch, {name: np.empty(shape, dtype) for name, (shape, dtype) in arrays.items()}, np.zeros(size, bool))
 
 
 def first(source: Source, limit: int) -> Source:

@@ -1,4 +1,5 @@
 """Batches: a permutation per epoch, a function of (seed, index), the same on any number of processes, resumable."""
+import copy
 import dataclasses
 import json
 import os
@@ -209,6 +210,16 @@ next(it)
 def test_a_process_that_leaves_an_iterator_open_still_ends_cleanly():
     run = subprocess.run([sys.executable, "-c", AT_EXIT], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_cache_that_is_being_filled_is_copied_empty():
+    """A worker's copy of rows taken before they were written, beside marks taken after, would be read as pictures."""
+    source = SOURCES["shapes"](count=20)
+    want = source.read(range(20))
+    other = copy.copy(source.read)  # by what pickle goes by as well
+    assert source.read.have.all() and not other.have.any()
+    for name, a in other(range(20)).items():
+        np.testing.assert_array_equal(a, want[name])
 
 
 WORKERS = """
