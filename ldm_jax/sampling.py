@@ -1,8 +1,7 @@
-"""A Pipeline makes pictures of a trained system: what a user says, checked and turned into arrays, and one compiled function."""
+"""A Pipeline makes pictures of a trained system by one compiled function, in batches of which two are under way at a time."""
 import contextlib
 import dataclasses
 import functools
-import inspect
 from typing import Any, Collection, Dict, Mapping, Optional, Tuple
 
 import jax
@@ -10,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_jax import process
+from ldm_jax import process, request
 from ldm_jax.machine import compiler_options
 from ldm_jax.models.lora import Lora
 from ldm_jax.parallel.sharding import batch_parts, batch_sharding, place
 from ldm_jax.published import Published
 from ldm_jax.systems import System
-from ldm_jax.systems.conditioners import class_label, read_masks, read_pictures
-from ldm_jax.systems.conditions import Space
 from ldm_jax.types import Array, PyTree, UserError, fold_in, lookup, normal, to_host, to_unit
 
 _CAPACITY = 1024  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
@@ -150,46 +147,39 @@ class Pipeline:
                             if self.system.reconstruct is not None else "this is a classifier, which samples no pictures; give it as "
                             "classifier=... where a diffusion model samples")
         sampler = sampler or self.defaults["name"]
-        steps = _positive("steps", self.defaults["steps"] if steps is None else steps)
+        steps = request.positive("steps", self.defaults["steps"] if steps is None else steps)
         grid = grid or self.defaults["grid"]
         if isinstance(grid, str):
             lookup(process.GRIDS, grid, "grid")
         options = {**dict(self.defaults.get(sampler) or {}), **options}
         process.samplers.make_sampler(sampler, **options)
-        key = _key(key)
+        key = request.typed_key(key)
         classifier, wanted = classifier or self.classifier, classifier is not None
-        given, edit = self._pictures(image, mask, strength, window)
-        interval = self.defaults.get("guidance_interval") if guidance_interval is None else guidance_interval
-        if interval is not None:
-            if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
-                raise UserError(f"guidance_interval={interval} must be two numbers of sigma / alpha, 0 <= low < high")
-            interval = tuple(map(np.float32, interval))
-        cond, labels = self._conditions(cond, given, classifier)
-        num = _positive("num", num if num is not None else _length((cond, labels, edit["image"], edit["known"]), x_init))
-        guidance = self._guidance(guidance, cond, num)
-        cond, labels = _for_each((cond, labels), num)
-        edited = {name: _for_each(edit[name], num) for name in ("image", "known")}
+        given, edit = request.pictures(self.system, image, mask, strength, self.defaults.get("strength", 0.8), window)
+        interval = request.interval_of(self.defaults.get("guidance_interval") if guidance_interval is None else guidance_interval)
+        cond, labels = request.conditions(self.system, cond, given, classifier and classifier.system)
+        num = request.positive("num", request.length((cond, labels, edit["image"], edit["known"]), x_init) if num is None else num)
+        guidance = request.guidance_scales(self.system, guidance, self.defaults["guidance"], cond, num)
+        cond, labels = request.for_each((cond, labels), num)
+        edited = {name: request.for_each(edit[name], num) for name in ("image", "known")}
         if wanted and labels is None:
             raise UserError("classifier guidance needs to know the class of each picture; give it in cond")
         scale = self.defaults.get("classifier_scale", 1.0) if classifier_scale is None else classifier_scale
-        judge = None if classifier is None or labels is None else (classifier.params, labels, _scales("classifier_scale", scale, num))
+        judge = None
+        if classifier is not None and labels is not None:
+            judge = classifier.params, labels, request.scales("classifier_scale", scale, num)
         shape = tuple(self.system.sample_shape)
-        x_init = None if x_init is None else np.asarray(x_init, np.float32)
-        if x_init is not None and x_init.shape != (num, *shape):
-            raise UserError(f"x_init has shape {x_init.shape}; this model starts from {(num, *shape)}")
+        x_init = request.start_of(x_init, (num, *shape))
         if key.shape not in ((), (num,)):
             raise UserError(f"key has shape {key.shape} for num={num} pictures; give one key, or one each")
-        if trajectory and edit["window"] is not None and edit["window"][1] < 1:
+        if trajectory and not edit["decoded"]:
             raise UserError(f"trajectory=True shows pictures, and window={window} ends before there are any")
-        static, numbers = _options(sampler, options)
+        static, numbers = request.split_options(sampler, options, num)
         capacity = steps if trajectory else max(_CAPACITY, 1 << (steps - 1).bit_length())
-        for name, value in numbers.items():
-            if value.shape not in ((), (num,)):
-                raise UserError(f"{name} has shape {value.shape} for num={num} pictures; give one number, or one each")
         of_run = {"strength": edit["strength"], "window": edit["window"], "guidance_interval": interval}
         kind = dict(classify=None if judge is None else classifier.system.classify, sampler=sampler, static=tuple(sorted(static.items())),
                     grid=grid, capacity=capacity, trajectory=trajectory, begun=edit["begun"], decoded=edit["decoded"])
-        size = self._size(num, _positive("batch_size", batch_size or self.defaults.get("batch_size") or BATCH), kind,
+        size = self._size(num, request.positive("batch_size", batch_size or self.defaults.get("batch_size") or BATCH), kind,
                           (cond, guidance, edited, numbers, of_run, judge and judge[1:]))
 
         def dispatch(start: int) -> Any:
@@ -226,89 +216,6 @@ class Pipeline:
             return tree
         return jax.tree.map(lambda a: place(a, batch_sharding(self.mesh, a.shape)) if a.ndim else a, tree)
 
-    def _pictures(self, image: Any, mask: Any, strength: Any, window: Tuple[float, float]):
-        """(conditions among the pictures, by name; how the start and the steps are changed)."""
-        known, shape, (begin, end) = self.system.conditioners, self.system.image_shape, window
-        if not 0 <= begin < end <= 1:
-            raise UserError(f"window={window} must be two numbers, 0 <= begin < end <= 1")
-        edit = {"image": None, "known": None, "strength": np.float32(1.0), "begun": begin > 0, "decoded": end == 1,
-                "window": None if (begin, end) == (0, 1) else (np.float32(begin), np.float32(end))}
-        if image is None:
-            if mask is not None or strength is not None:
-                raise UserError("mask and strength say what becomes of a picture; give it as image=...")
-            return {}, edit
-        if "low_resolution" in known:
-            if mask is not None or strength is not None:
-                raise UserError("this model enlarges pictures, all of each; leave mask and strength out")
-            return {"low_resolution": image}, edit
-        if begin > 0:
-            raise UserError(f"window={window} begins with x_init, beside which there is no place for image; leave one of them out")
-        if strength is None:
-            strength = self.defaults.get("strength", 0.8) if mask is None else 1.0
-        if not 0 < strength <= 1:
-            raise UserError(f"strength={strength} must be in (0, 1]: the part of the steps that is made")
-        pictures = read_pictures(image, shape) * 2.0 - 1.0
-        edit["strength"] = np.float32(strength)
-        if mask is None or strength < 1:
-            edit["image"] = pictures
-        if mask is not None and "masked_image" in known:
-            return {"masked_image": {"image": image, "mask": mask}}, edit
-        if mask is not None:
-            edit["known"] = (pictures, 1.0 - read_masks(mask, shape[:2]))
-        return {}, edit
-
-    def _conditions(self, cond: Any, given: Mapping[str, Any], classifier: Optional["Pipeline"]):
-        """(conditioner's name -> value, class ids for the classifier or None), each array of one picture or of all.
-
-        given: those that are named already.
-        """
-        known = self.system.conditioners
-        names, rest = ", ".join(known), [name for name in known if name not in given]
-        by_name = isinstance(cond, Mapping) and (len(rest) != 1 or set(cond) <= {*known, "class"})
-        if by_name:
-            given = {**given, **{name: value for name, value in cond.items() if value is not None}}
-        elif cond is not None and len(rest) > 1:
-            raise UserError(f"this model takes several conditions, {names}; give cond as a mapping from those names")
-        elif cond is not None:
-            given = {**given, rest[0] if rest else "class": cond}
-        label = next((name for name, c in known.items() if "num_classes" in c.needs), None)
-        of_classifier = classifier is not None and label is None and "class" in given
-        extra = sorted(set(given) - set(known) - ({"class"} if of_classifier else set()))
-        if extra:
-            raise UserError(f"this model has no condition {extra[0]!r}; it takes: {names}" if known else
-                            "this model takes no condition; leave cond out")
-        missing = [name for name, c in known.items() if not c.drop and name not in given]
-        if missing:
-            raise UserError(f"this model needs the condition {missing[0]!r}, which its training never dropped (drop=0); give it in cond")
-        values = {name: known[name].read(value) for name, value in given.items() if name in known}
-        if classifier is None:
-            return values, None
-        self._check_classifier(classifier.system)
-        if of_classifier:
-            space = Space(self.system.image_shape, self.system.sample_shape, classifier.system.num_classes)
-            return values, class_label(space).read(given["class"])
-        return values, values.get(label)
-
-    def _check_classifier(self, other: System) -> None:
-        if other.classify is None:
-            raise UserError("the run given as classifier is none; train one with config.system='classifier'")
-        ours, theirs = self.system.sample_shape, tuple(other.sample_shape or other.image_shape)
-        if ours != theirs:
-            raise UserError(f"the classifier sees x_t of shape {theirs}, this model diffuses {ours}; train a classifier in that space")
-        if self.system.num_classes not in (None, other.num_classes):
-            raise UserError(f"the classifier knows {other.num_classes} classes, this model {self.system.num_classes}; train one on "
-                            f"the same data")
-
-    def _guidance(self, guidance: Any, cond: Mapping[str, Any], num: int):
-        """[num] scales; None where no condition that training has dropped is given, so that there is nothing to guide with."""
-        droppable = [name for name, c in self.system.conditioners.items() if c.drop]
-        scale = _scales("guidance", self.defaults["guidance"] if guidance is None else guidance, num)
-        if guidance is not None and cond and not droppable and np.any(scale != 1.0):
-            raise UserError(f"guidance={guidance} needs a condition that training has dropped; this model's have drop=0: "
-                            f"{', '.join(cond)}")
-        return scale if set(droppable) & set(cond) else None
-
-
 def batch_size_for(num: int, most: int, compiled: Collection[int] = (), parts: int = 1) -> int:
     """How many pictures at a time `num` are made in: a size that is compiled already where it serves, otherwise a new one.
 
@@ -325,14 +232,6 @@ def batch_size_for(num: int, most: int, compiled: Collection[int] = (), parts: i
     serves = [size for size in compiled if size <= most and size * calls(size) <= _PADDED * -(-num // parts) * parts
               and calls(size) <= _CALLS * calls(new)]
     return min(serves, key=lambda size: (calls(size), size), default=new)
-
-
-def _options(sampler: str, options: Mapping[str, Any]) -> Tuple[dict, dict]:
-    """(static, numbers) of a sampler, numbers that are not given included, so that to give them later is no other program."""
-    known = inspect.signature(lookup(process.SAMPLERS, sampler, "sampler")).parameters
-    usual = {name: p.default for name, p in known.items() if isinstance(p.default, float) and p.annotation is p.empty}
-    static, numbers = process.samplers.split_options(sampler, {**usual, **options})
-    return static, {name: np.asarray(value) for name, value in numbers.items()}
 
 
 def _take(tree: PyTree, take: np.ndarray) -> PyTree:
@@ -365,43 +264,3 @@ def _sample(make, params, x, keys, cond, guidance, judged, steps, numbers, edit,
     out = make(params, x, keys, cond, sampler=method, steps=steps, capacity=capacity, grid=grid, guidance=guidance, trajectory=trajectory,
                begun=begun, decoded=decoded, **edit, **tilt)
     return jax.tree.map(to_unit, out) if decoded else out
-
-
-def _scales(name: str, value: Any, num: int) -> np.ndarray:
-    """float32 [num] from one number, or one for each picture."""
-    scale = np.asarray(value, np.float32)
-    if scale.shape not in ((), (1,), (num,)):
-        raise UserError(f"{name} has shape {scale.shape} for num={num} pictures; give one number, or one each")
-    return np.broadcast_to(scale, (num,))
-
-
-def _for_each(values: Any, num: int) -> Any:
-    """Arrays of one example or of `num`, as those of `num`."""
-    def broadcast(a):
-        if len(a) not in (1, num):
-            raise UserError(f"cond has shape {a.shape} for num={num} pictures; give one for each, or one for all")
-        return np.broadcast_to(np.asarray(a), (num, *a.shape[1:]))
-
-    return jax.tree.map(broadcast, values)
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise UserError(f"{name}={value!r} is not a positive whole number")
-    return int(value)
-
-
-def _length(cond: Any, x_init: Any) -> int:
-    lengths = [len(a) for a in jax.tree.leaves(cond)]
-    if max(lengths, default=1) == 1 and x_init is not None and np.ndim(x_init):
-        return len(x_init)
-    return max(lengths, default=16)
-
-
-def _key(key: Any) -> Array:
-    """A typed key from a typed key, an int seed, or the older uint32 [2] form."""
-    if isinstance(key, (int, np.integer)):
-        return jax.random.key(int(key))
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)

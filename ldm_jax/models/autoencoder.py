@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models import layers, quantizer
+from ldm_jax.models.attention import ATTENTION
 from ldm_jax.models.coder import Decoder, Encoder
 from ldm_jax.models.init import fan_avg, initialise, unit
 from ldm_jax.models.placing import applied
@@ -213,7 +214,7 @@ def first_stage(image_shape: Sequence[int], factor: int, latent_channels: int, *
             raise UserError(f"{name}={tuple(wanted)} names a resolution that the autoencoder has not; "
                             f"its levels have {tuple(heights)}")
         attend.append(tuple(h in set(wanted) for h in heights) + (bool(mid_attention),))
-    lookup(layers.ATTENTION, attention_impl, "attention_impl")
+    lookup(ATTENTION, attention_impl, "attention_impl")
     lookup(layers.ACTIVATIONS, act, "activation")
     compute = layers.compute_dtype(dtype)
     coder = dict(channels=channels, num_res_blocks=num_res_blocks, dropout=dropout, groups=norm_groups,

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ldm_jax.models import layers
+from ldm_jax.models.attention import ATTENTION
 from ldm_jax.models.clip import ACTIVATIONS, Block, TextOutputs, TextTower
 from ldm_jax.models.init import spread
 from ldm_jax.models.layers import LayerNorm
@@ -52,7 +53,7 @@ def bert_text(*, vocab_size: int = 30522, width: int = 1280, depth: int = 32, nu
       UserError: for unknown names and for sizes that are not positive.
     """
     lookup(ACTIVATIONS, activation, "activation of the text tower")
-    lookup(layers.ATTENTION, attention_impl, "attention_impl")
+    lookup(ATTENTION, attention_impl, "attention_impl")
     sizes = dict(vocab_size=vocab_size, width=width, depth=depth, num_heads=num_heads, head_width=head_width, mlp_width=mlp_width,
                  max_length=max_length)
     for name, size in sizes.items():

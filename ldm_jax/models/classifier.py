@@ -8,8 +8,9 @@ from typing import Any, Mapping, Optional, Sequence, Tuple
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ldm_jax.models.attention import attention, heads_of
 from ldm_jax.models.init import spread, zeros
-from ldm_jax.models.layers import attention, dense, heads_of
+from ldm_jax.models.layers import dense
 from ldm_jax.models.net import Net
 from ldm_jax.models.unet import Descent, descent
 from ldm_jax.types import Array, Cond, PyTree, UserError

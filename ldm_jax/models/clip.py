@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.models import layers
+from ldm_jax.models.attention import ATTENTION, attention, heads_of
 from ldm_jax.models.init import initialise, spread
-from ldm_jax.models.layers import LayerNorm, attention, dense, heads_of, written
+from ldm_jax.models.layers import LayerNorm, dense, written
 from ldm_jax.models.placing import applied
 from ldm_jax.types import Array, PyTree, UserError, lookup
 
@@ -177,14 +178,14 @@ def clip_text(*, vocab_size: int = 49408, width: int = 768, depth: int = 12, num
       eos_id: the token that ends a text: its first place is pooled (the first token where it is missing). None pools at the first
         place of the highest id, which in CLIP's own vocabulary is the same.
       projection_dim: project the pooled output to that many numbers.
-      attention_impl: a row of `layers.ATTENTION`.
+      attention_impl: a row of `attention.ATTENTION`.
       dtype: "float32" or "bfloat16", of the computation; parameters are float32.
 
     Raises:
       UserError: for unknown names and for sizes that do not fit together.
     """
     lookup(ACTIVATIONS, activation, "activation of the text tower")
-    lookup(layers.ATTENTION, attention_impl, "attention_impl")
+    lookup(ATTENTION, attention_impl, "attention_impl")
     for name, size in dict(vocab_size=vocab_size, width=width, depth=depth, max_length=max_length).items():
         if size < 1:
             raise UserError(f"{name}={size} of the text tower must be at least 1")

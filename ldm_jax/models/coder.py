@@ -7,8 +7,9 @@ from typing import Any, Optional, Tuple
 
 import flax.linen as nn
 
-from ldm_jax.models import layers
-from ldm_jax.models.layers import AttentionBlock, GroupNorm, ResBlock, conv
+from ldm_jax.models.attention import AttentionBlock
+from ldm_jax.models.layers import GroupNorm, ResBlock, conv
+from ldm_jax.models.resampling import upsample
 from ldm_jax.types import Array
 
 
@@ -66,5 +67,5 @@ class Decoder(Coder):
                 if self.attend[i]:
                     h = self.attention(h, f"up_{i}_attention_{j}")
             if i != 0:
-                h = conv(h.shape[-1], f"up_{i}_resample", self.dtype)(layers.upsample(h))
+                h = conv(h.shape[-1], f"up_{i}_resample", self.dtype)(upsample(h))
         return self.end(h)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.models.convolution import convolve
 from ldm_jax.models.init import initialise, ones, small, zeros
 from ldm_jax.models.layers import GroupNorm, compute_dtype
 from ldm_jax.models.placing import applied
@@ -55,7 +56,8 @@ class PatchGAN(nn.Module):
         return self.conv(1, "conv_out")(h)
 
     def conv(self, features: int, name: str, stride: int = 1, use_bias: bool = True) -> nn.Conv:
-        return nn.Conv(features, (4, 4), (stride, stride), 1, use_bias=use_bias, dtype=self.dtype, kernel_init=small, name=name)
+        return nn.Conv(features, (4, 4), (stride, stride), 1, use_bias=use_bias, dtype=self.dtype, kernel_init=small, name=name,
+                       conv_general_dilated=convolve)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.models import layers
+from ldm_jax.models.attention import ATTENTION, CrossAttention, attention, heads_of
 from ldm_jax.models.init import small, zeros
 from ldm_jax.models.kept import CONDITION, TIME, kept
-from ldm_jax.models.layers import CrossAttention, LayerNorm, RMSNorm, attention, dense, heads_of, written
+from ldm_jax.models.layers import LayerNorm, RMSNorm, dense, written
 from ldm_jax.models.net import Net
 from ldm_jax.types import Array, Cond, UserError, lookup
 
@@ -237,7 +238,7 @@ def dit(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chann
         the backward pass keeps more memory than the unrolled blocks.
       remat: "full" recomputes each block in the backward pass, "dots" keeps its matrix products.
       time_scale, timesteps: the unit of time, see `Net`.
-      attention_impl: a row of `layers.ATTENTION`; "auto" is the fastest for the machine, the dtype and the width of the heads.
+      attention_impl: a row of `attention.ATTENTION`; "auto" is the fastest for the machine, the dtype and the width of the heads.
       dtype: "float32" or "bfloat16", of the computation; parameters are float32.
 
     Raises:
@@ -256,7 +257,7 @@ def dit(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chann
                         f"{width // heads}")
     lookup(NORMS, norm, "norm of the DiT")
     lookup(layers.REMAT, remat, "remat")
-    lookup(layers.ATTENTION, attention_impl, "attention_impl")
+    lookup(ATTENTION, attention_impl, "attention_impl")
     gated, compute = lookup(MLPS, mlp, "mlp of the DiT")[0], layers.compute_dtype(dtype)
     if embedders not in ("shared", "each") or (embedders == "each" and scan_layers):
         raise UserError(f"embedders={embedders!r} of the DiT must be 'shared', or 'each' without scan_layers")

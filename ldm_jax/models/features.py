@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.models.convolution import convolve
 from ldm_jax.models.layers import compute_dtype
 from ldm_jax.types import Array, PyTree, UserError
 
@@ -88,8 +89,7 @@ class LPIPS:
                 h = jnp.max(h[:, :H // 2 * 2, :W // 2 * 2].reshape(B, H // 2, 2, W // 2, 2, C), (2, 4))
             for j in range(len(group)):
                 p = params[f"conv_{i}_{j}"]
-                h = jax.lax.conv_general_dilated(h, p["kernel"].astype(self.dtype), (1, 1), "SAME",
-                                                 dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                h = convolve(h, p["kernel"].astype(self.dtype), (1, 1), "SAME")
                 h = jax.nn.relu(h + p["bias"].astype(self.dtype).reshape(1, 1, 1, -1))
             yield h
 

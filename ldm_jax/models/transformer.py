@@ -4,8 +4,9 @@ from typing import Any, Optional
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ldm_jax.models.attention import CrossAttention
 from ldm_jax.models.init import zeros
-from ldm_jax.models.layers import CrossAttention, GroupNorm, LayerNorm, dense, written
+from ldm_jax.models.layers import GroupNorm, LayerNorm, dense, written
 from ldm_jax.types import Array
 
 

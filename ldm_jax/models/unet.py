@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.models import layers
+from ldm_jax.models import layers, resampling
+from ldm_jax.models.attention import ATTENTION, AttentionBlock, heads_of
 from ldm_jax.models.init import unit, zeros
-from ldm_jax.models.layers import AttentionBlock, GroupNorm, ResBlock, conv, dense, heads_of
+from ldm_jax.models.layers import GroupNorm, ResBlock, conv, dense
 from ldm_jax.models.levels import RESAMPLES, Inputs, Level, Time, check_ways
 from ldm_jax.models.net import Net
 from ldm_jax.models.transformer import SpatialTransformer
@@ -109,7 +110,7 @@ class Descent(nn.Module):
             if level.resample:
                 name = f"down_{i}_resample"
                 if level.resample == "skip":
-                    image = layers.fir_downsample(image)
+                    image = resampling.fir_downsample(image)
                     h = self.res(h, level, emb, train, name, "fir_down")
                     h = h + dense(level.channels, f"down_{i}_image", self.dtype)(image)
                 elif level.resample == "block":
@@ -181,7 +182,7 @@ class UNet(Descent):
                 if level.attention and (not level.late or j == level.blocks - 1):
                     h = self.attention(h, level, j, context, mask, f"up_{i}_attention_{0 if level.late else j}")
             if level.skip:
-                image = None if image is None else layers.fir_upsample(image)
+                image = None if image is None else resampling.fir_upsample(image)
             if level.resample:
                 image, h = self.ascend(h, image, level, i, emb, train, kept[-1].shape[1:3])
         k = self.kernels[1]
@@ -198,7 +199,7 @@ class UNet(Descent):
             return e if image is None else image + e, self.res(h, level, emb, train, name, "fir_up")
         if level.resample == "block":
             return image, self.res(h, level, emb, train, name, "up")
-        return image, conv(h.shape[-1], name, self.dtype)(layers.upsample(h)[:, :size[0], :size[1]])
+        return image, conv(h.shape[-1], name, self.dtype)(resampling.upsample(h)[:, :size[0], :size[1]])
 
 
 def descent(H: int, W: int, *, width: int, mults: Sequence[int], num_res_blocks: int, attention: Sequence[int],
@@ -230,7 +231,7 @@ def descent(H: int, W: int, *, width: int, mults: Sequence[int], num_res_blocks:
                                ("time_order", time_order, ("cos_sin", "sin_cos"))):
         if value not in table:
             raise UserError(f"unknown {name} {value!r} of the U-Net; choose from: {', '.join(table)}")
-    lookup(layers.ATTENTION, attention_impl, "attention_impl")
+    lookup(ATTENTION, attention_impl, "attention_impl")
     lookup(layers.REMAT, remat, "remat")
 
     def level(i: int, blocks: int, resample: Optional[str]) -> Level:
@@ -273,7 +274,7 @@ def unet(image_shape: Sequence[int], num_classes: Optional[int] = None, out_chan
       scale_shift: the time scales and shifts the second norm of each block instead of being added (ADM).
       time_order, norm_eps, norm_groups: see `layers.timestep_embedding`, `layers.GroupNorm`, `layers.num_groups`.
       time_scale, timesteps: the unit of time, see `Net`.
-      attention_impl: a row of `layers.ATTENTION`; "auto" is the fastest for the machine, the dtype and the width of the heads.
+      attention_impl: a row of `attention.ATTENTION`; "auto" is the fastest for the machine, the dtype and the width of the heads.
       remat: "full" recomputes each block in the backward pass, "dots" keeps its matrix products and convolutions.
       dtype: "float32" or "bfloat16", of the computation; parameters are float32.
 
@@ -330,7 +331,7 @@ def unet_of_levels(image_shape: Sequence[int], out_channels: int, *, width: int,
         if level.resample not in (None, *RESAMPLES):
             raise UserError(f"unknown resample {level.resample!r} of a level; choose from: {', '.join(RESAMPLES)}")
     for name, table, kind in ((act, layers.ACTIVATIONS, "activation"), (end_act, layers.ACTIVATIONS, "activation"),
-                              (attention_impl, layers.ATTENTION, "attention_impl"), (remat, layers.REMAT, "remat")):
+                              (attention_impl, ATTENTION, "attention_impl"), (remat, layers.REMAT, "remat")):
         lookup(table, name, kind)
     module = UNet(width=width, down=down, middle=middle, up=up, time=time, num_heads=1, head_width=None, dropout=dropout,
                   scale_shift=scale_shift, act=act, kernels=tuple(kernels), eps=norm_eps, groups=norm_groups, upcast=upcast,

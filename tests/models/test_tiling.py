@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.models import AUTOENCODERS, layers, tiled
+from ldm_jax.models import AUTOENCODERS, resampling, tiled
 from ldm_jax.models.autoencoder import Autoencoder, kl
 from ldm_jax.models.tiling import tiles
 from ldm_jax.types import UserError
@@ -22,10 +22,10 @@ class Local(nn.Module):
         self.into, self.out_of = nn.Dense(6), nn.Dense(3)
 
     def encode(self, x, train=False):
-        return jnp.sin(self.into(layers.downsample(x)))
+        return jnp.sin(self.into(resampling.downsample(x)))
 
     def decode(self, z, train=False):
-        return jnp.sin(self.out_of(layers.upsample(z)))
+        return jnp.sin(self.out_of(resampling.upsample(z)))
 
     def __call__(self, x):
         return self.decode(jnp.split(self.encode(x), 2, -1)[0])
