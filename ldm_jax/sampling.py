@@ -19,7 +19,7 @@ from ldm_jax.types import Array, PyTree, UserError, fold_in, lookup, normal, to_
 
 _CAPACITY = 1024  # grids are compiled for this many steps or the next power of two, so that other step counts cost no compilation
 BATCH = 256  # pictures at a time, at most, where no batch_size is given
-_PADDED, _CALLS = 4, 8  # see `batch_size_for`
+_PADDED, _CALLS, _FILLING = 4, 8, 4  # see `batch_size_for`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +220,9 @@ def batch_size_for(num: int, most: int, compiled: Collection[int] = (), parts: i
     """How many pictures at a time `num` are made in: a size that is compiled already where it serves, otherwise a new one.
 
     A new one is the next power of two, at most `most`, and a multiple of `parts`. One of `compiled` serves if it is no larger than
-    `most`, makes at most 4 pictures, padding included, for each that is asked for, and needs at most 8 calls for each of the new one's;
-    of several the one of fewest calls, then of least padding. So after 16 pictures, 4 to 128 compile nothing.
+    `most`, makes at most 4 pictures, padding included, for each that is asked for, and needs at most 8 calls for each of the new one's,
+    or 2 where it is less than 4: one picture at a time does not fill a device. Of several it is the one of fewest calls, then of least
+    padding. So after 16 pictures, 4 to 128 compile nothing.
 
     Args:
       most: batch_size. compiled: the sizes of the same program that there are. parts: of the mesh, over which a batch is split.
@@ -230,7 +231,7 @@ def batch_size_for(num: int, most: int, compiled: Collection[int] = (), parts: i
     new = min(parts << (-(-num // parts) - 1).bit_length(), most)
     calls = lambda size: -(-num // size)
     serves = [size for size in compiled if size <= most and size * calls(size) <= _PADDED * -(-num // parts) * parts
-              and calls(size) <= _CALLS * calls(new)]
+              and calls(size) <= (_CALLS if size >= _FILLING else 2) * calls(new)]
     return min(serves, key=lambda size: (calls(size), size), default=new)
 
 

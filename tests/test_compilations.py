@@ -59,7 +59,7 @@ def test_a_session_compiles_the_network_once(name, options):
         pipeline.with_params(jax.tree.map(jnp.zeros_like, pipeline.params)).sample(0, cond=[1, 2], x_init=np.zeros((2, *SHAPE)))
     assert seen.count("_sample") == 1, seen.programs
     # what is left: keys of pictures without their starting noise, and the zeros made here
-    assert set(seen.programs[first:]) <= {"jit(_draws)", "jit(broadcast_in_dim)"}, seen.programs[first:]
+    assert set(seen.programs[first:]) <= {"jit(_draws)", "jit(broadcast_in_dim)", "jit(convert_element_type)"}, seen.programs[first:]
 
 
 def test_each_sampler_is_a_program_and_so_is_what_the_docstring_says():
@@ -82,7 +82,9 @@ def test_the_session_of_the_benchmark():
     (1, 256, (), 1, 1), (2, 256, (), 1, 2), (3, 256, (), 1, 4), (16, 256, (), 1, 16), (100, 256, (), 1, 128), (1000, 256, (), 1, 256),
     (7, 6, (), 1, 6), (5, 6, (), 1, 6), (3, 6, (), 1, 4), (1, 256, (), 4, 4), (9, 256, (), 4, 16), (6, 6, (), 4, 8),
     (4, 256, (16,), 1, 16), (3, 256, (16,), 1, 4), (128, 256, (16,), 1, 16), (129, 256, (16,), 1, 256), (17, 256, (16,), 1, 16),
-    (10, 4, (16,), 1, 4), (8, 256, (1, 16), 1, 16), (1, 256, (1, 4), 1, 1), (1, 256, (2, 4), 1, 2), (1, 256, (256,), 1, 1)])
+    (10, 4, (16,), 1, 4), (8, 256, (1, 16), 1, 16), (8, 256, (1,), 1, 8), (2, 256, (1,), 1, 1),
+    (60, 256, (8,), 1, 8), (16, 256, (2,), 1, 16), (16, 256, (4,), 1, 4),
+    (1, 256, (1, 4), 1, 1), (1, 256, (2, 4), 1, 2), (1, 256, (256,), 1, 1)])
 def test_batch_sizes(num, most, compiled, parts, size):
     assert batch_size_for(num, most, compiled, parts) == size
 

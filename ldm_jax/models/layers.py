@@ -132,7 +132,7 @@ def written(x: Array) -> Array:
 
 
 def _products(prim, *args, **params) -> bool:
-    convolution = prim.name == "conv_general_dilated"
+    convolution = prim.name in ("conv_general_dilated", "convolution")
     return convolution or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
 
 

@@ -25,6 +25,8 @@ def _flops(jaxpr: Any) -> float:
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2.0 * math.prod(out.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif name == "convolution":  # `models.convolution`
+            total += 2.0 * math.prod(out.shape) * math.prod(eqn.invars[1].aval.shape[:-1])
         elif name == "conv_general_dilated":
             kernel, spec = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
             # each output is a sum over the kernel's window and its input channels; a gradient's dilation adds zeros, which are not counted

@@ -1,4 +1,4 @@
-"""The networks' convolution: lax's numbers in every derivative, and in the one order of axes that is fast in a loop on CPU."""
+"""The networks' convolution: lax's numbers in every derivative, in the order of axes that is fast in a loop on CPU, and Winograd's."""
 import re
 
 import jax
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from ldm_jax.models import layers
-from ldm_jax.models.convolution import IMAGES, convolve
+from ldm_jax.models import convolution, layers, unet
+from ldm_jax.models.convolution import IMAGES, convolve, saves
+from ldm_jax.models.winograd import winograd
+from tests.models.tiny import random_params
 
 CASES = [((1, 1), "SAME", 3), ((1, 1), "VALID", 2), ((2, 2), "SAME", 3), ((2, 2), [(1, 1), (1, 1)], 4), ((2, 2), ((0, 1), (0, 1)), 3)]
 
@@ -30,6 +32,7 @@ def test_every_derivative_is_that_of_lax(strides, padding, size):
         "jvp of the image": lambda f: jax.jvp(lambda x: f(x, kernel), (x,), tangents[:1]),
         "vjp": lambda f: jax.vjp(f, x, kernel)[1](jnp.cos(f(x, kernel))),
         "second": lambda f: penalty(f)(x, kernel),
+        "vmap of both": lambda f: jax.vmap(f, (0, None))(x[None], kernel) + jax.vmap(f, (None, 0))(x, kernel[None]),
         "vmap": lambda f: jax.vmap(jax.grad(lambda x: jnp.sum(f(x[None], kernel)**2)))(x),
     }
     for name, derivative in derivatives.items():
@@ -60,3 +63,45 @@ def test_a_loop_over_updates_has_convolutions_in_the_fast_order_alone():
     params = {"down": down.init(jax.random.key(0), x), "block": block.init(jax.random.key(1), normal(1, 2, 4, 4, 6)), "image": x}
     loss = lambda p: jnp.sum(block.apply(p["block"], down.apply(p["down"], jnp.sin(p["image"])))**2)
     assert orders_in_a_loop(loss, params) == {"b01f_01io->b01f"}
+
+
+@pytest.mark.parametrize("shape, features", [((2, 8, 12, 5), 3), ((1, 4, 4, 1), 1), ((2, 16, 16, 96), 64)])
+def test_winograd_against_numpy(shape, features):
+    """In float32, and as an identity of polynomials in float64; the image is offset, as activations are."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal(shape) + 1.0, rng.standard_normal((3, 3, shape[-1], features))
+    (_, H, W, _), padded = shape, np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    want = sum(np.einsum("bhwi,io->bhwo", padded[:, i:i + H, j:j + W], kernel[i, j]) for i in range(3) for j in range(3))
+    got = winograd(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    assert np.abs(got - want).max() < 6e-6 * np.abs(want).max()
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(winograd(jnp.asarray(x), jnp.asarray(kernel)), want, atol=1e-12 * np.abs(want).max())
+
+
+def test_where_winograd_is_used():
+    at = lambda shape, features, size=3, stride=1, padding=((1, 1), (1, 1)), dtype=jnp.float32: saves(
+        jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((size, size, shape[-1], features), dtype), (stride, stride), padding)
+    assert at((8, 32, 32, 128), 128) and at((1, 32, 32, 64), 256) and at((2, 64, 20, 320), 320)
+    assert not any((at((1, 16, 16, 128), 128), at((8, 16, 16, 640), 640), at((8, 32, 32, 3), 128), at((8, 32, 32, 128), 3),
+                    at((8, 30, 32, 128), 128), at((8, 32, 34, 128), 128), at((8, 32, 32, 128), 128, size=1),
+                    at((8, 32, 32, 128), 128, stride=2), at((8, 32, 32, 128), 128, padding=((0, 0), (0, 0))),
+                    at((8, 32, 32, 128), 128, dtype=jnp.bfloat16)))
+
+
+def test_a_network_is_the_same_with_winograd_and_without(monkeypatch):
+    """Outputs and gradients, to 1e-5 of the largest: some thirty convolutions one after the other."""
+    net = unet((32, 32, 3), out_channels=3, width=64, mults=(1, 2), num_res_blocks=1, attention=())
+    params, x, t = random_params(net), normal(0, 2, 32, 32, 3), jnp.array([0.3, 0.8])
+
+    def measured():
+        used = []
+        monkeypatch.setattr(convolution, "winograd", lambda *a: used.append(a) or winograd(*a))
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(net.apply(p, x, t)))))(params), len(used)
+
+    on, used = measured()
+    monkeypatch.setattr(convolution, "saves", lambda *a: False)
+    off, unused = measured()
+    assert used > 3 and unused == 0
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(off[1]))
+    for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(off), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest)
