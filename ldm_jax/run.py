@@ -44,9 +44,6 @@ def train(config: Config, workdir: str, *, mark: Callable[[int], None] = lambda 
         recipe.build_sampler(recipe.sampler_of(config))
     section = dict(config["train"])
     steps = section.pop("steps")
-    if jax.default_backend() == "cpu" and section.get("steps_per_dispatch", 1) > 1:
-        say(f"train.steps_per_dispatch={section['steps_per_dispatch']} is for accelerators; on CPU it is 1")  # see `loop.several`
-        section["steps_per_dispatch"] = 1
     tx = recipe.build_optimizer(config, system.trained)
     mesh, rules = recipe.build_mesh(config["mesh"])
     source = tokenized(the_first_before(lambda: recipe.build_source(config["data"], "train")), system.conditioners)

@@ -95,7 +95,6 @@ def several(step: Callable) -> Callable:
     """`step`, see `train_step`, for a tuple of batches: an update with each, one after the other, in one program.
 
     Its metrics are {"finite": of the last update, so that it is the next dispatch's `good`; "steps": those of each update, stacked}.
-    It is a loop: of no use on CPU, where an update with convolutions takes many times as long inside of one.
     """
     def steps(state: TrainState, batches: Sequence[PyTree], key: Array, good: Any = True):
         def one(carry, batch):
