@@ -48,6 +48,8 @@ def measure() -> str:
             rows += new
             report.write(out, rows, about, sys.argv[1:])  # what is measured is kept, whatever comes after
             print("\n".join(report.table(new).splitlines()[2:]), file=sys.stderr, flush=True)
+    if settings.peer:
+        settings.peer.close()
     print(report.table(rows))
     return out
 

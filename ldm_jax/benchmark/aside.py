@@ -27,8 +27,14 @@ class Peer:
     def __init__(self):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs,), daemon=True).start()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
         theirs.close()
+
+    def close(self) -> None:
+        """End the process, and wait until it has."""
+        self._pipe.send(None)
+        self._process.join()
 
     def _ask(self, message: Any) -> Any:
         self._pipe.send(message)
