@@ -50,7 +50,10 @@ def parse(argv):
         FLAGS.config is None or FLAGS.config.to_dict()  # a config file that could not be loaded says so only when it is used
         return rest
     except (flags.Error, AttributeError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
-        lines = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\" ").splitlines()
+        said = str(error).strip()
+        if said[:1] in ("'", '"') and said[:1] == said[-1:]:  # a KeyError's text is the representation of one
+            said = said[1:-1]
+        lines = said.replace("\\n", " ").replace("\\'", "'").splitlines()
         if isinstance(error, OSError) or any("Traceback" in line for line in lines):
             fail(f"--config: {lines[-1].strip()}")
         fail(" ".join(lines) + "; the config file lists its keys, --config.a.b=value sets one")
