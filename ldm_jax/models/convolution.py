@@ -19,13 +19,14 @@ from ldm_jax.types import Array
 IMAGES = ("NHWC", "HWIO", "NHWC")
 
 
-def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **other: Any) -> Array:
+def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **how: Any) -> Array:
     """x [B, H, W, I] * kernel [h, w, I, O] -> [B, H', W', O]: `lax.conv_general_dilated`, and so is every derivative.
 
-    other: what flax.linen.Conv says besides: there are two-dimensional, ungrouped, undilated convolutions alone here.
+    how: its further arguments, as flax.linen.Conv gives them; a convolution that is grouped or dilated is left to lax altogether.
     """
-    if jax.default_backend() != "cpu":
-        return _plain(x, kernel, strides=strides, padding=padding)
+    usual = how.get("feature_group_count", 1) == 1 and all(set(how.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation"))
+    if jax.default_backend() != "cpu" or not usual:
+        return lax.conv_general_dilated(x, kernel, strides, padding, **{"dimension_numbers": IMAGES, **how})
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     return convolution_p.bind(x, kernel, strides=tuple(strides), padding=tuple(map(tuple, padding)))

@@ -40,6 +40,14 @@ def test_every_derivative_is_that_of_lax(strides, padding, size):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()), err_msg=name)
 
 
+def test_a_grouped_or_dilated_convolution_is_not_taken_for_a_plain_one():
+    x = normal(0, 2, 7, 8, 4)
+    for how, inputs in (({"feature_group_count": 2}, 2), ({"rhs_dilation": (2, 2)}, 4), ({"lhs_dilation": (2, 1)}, 4)):
+        kernel = normal(1, 3, 3, inputs, 6)
+        want = lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=IMAGES, **how)
+        np.testing.assert_array_equal(convolve(x, kernel, (1, 1), ((1, 1), (1, 1)), **how), want)
+
+
 def test_gradient_of_the_kernel_against_numpy():
     x, g = np.random.default_rng(0).standard_normal((2, 2, 5, 6, 3))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -89,7 +97,7 @@ def test_where_winograd_is_used():
 
 
 def test_a_network_is_the_same_with_winograd_and_without(monkeypatch):
-    """Outputs and gradients, to 1e-5 of the largest: some thirty convolutions one after the other."""
+    """Outputs and gradients, to 1e-5 of the largest."""
     net = unet((32, 32, 3), out_channels=3, width=64, mults=(1, 2), num_res_blocks=1, attention=())
     params, x, t = random_params(net), normal(0, 2, 32, 32, 3), jnp.array([0.3, 0.8])
 
