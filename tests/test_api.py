@@ -98,7 +98,7 @@ def test_overrides(workdir):
     (dict(cond=[1, 2], num=3), "num=3"),
     (dict(cond=[1], sampler="dimm"), "unknown sampler 'dimm'; choose from"),
     (dict(cond=[1], grid="dense"), "unknown grid"),
-    (dict(cond=[1], steps=0), "steps=0"),
+    (dict(cond=[1], steps=0), "steps=0"), (dict(cond=[1], steps="ten"), "steps=.ten. is not a positive whole number"),
     (dict(cond=[1], steps=2.5), "steps=2.5"),
     (dict(cond=[1, 2], guidance=[1.0, 2.0, 3.0]), "guidance has shape"),
     (dict(cond=[1], x_init=np.zeros((1, 4, 4, 1))), "x_init has shape"),
