@@ -1,6 +1,6 @@
 #!/bin/sh
 # Set up this machine and run the tests, in one command; arguments go to pytest.
-#   sh launch/test.sh -m long     several processes, broken runs, buckets: left out otherwise
+#   sh launch/test.sh -m long     several processes, broken runs, buckets, more pipelines: left out otherwise
 #   EXTRAS   more than "test", such as EXTRAS=test,parity to compare with the PyTorch references
 set -eu
 cd "$(dirname "$0")/.."

@@ -48,6 +48,7 @@ def test_pictures_of_other_sizes(weights, pipeline):
         ldm_jax.load(weights, size=(9, 16))
 
 
+@pytest.mark.long
 def test_large_pictures_are_written_as_they_are_too(weights, tmp_path):
     """The sheet has white lines between pictures; each by itself has the model's size and nothing else."""
     pipeline = ldm_jax.load(weights, steps=1, size=(128, 8), batch_size=1)
@@ -105,6 +106,7 @@ def test_mistakes(pipeline, weights, tmp_path):
         run.sample(pipeline, str(tmp_path), prompts=["a"], image=weights)
 
 
+@pytest.mark.long
 def test_a_model_that_fills_in(tmp_path):
     folder = tiny.stable_diffusion(tmp_path / "sd", masked=True)
     pipeline = ldm_jax.load(folder, steps=2)
@@ -164,7 +166,7 @@ def test_training_goes_on_from_it(weights, pictures, tmp_path):
     np.testing.assert_allclose(again.sample(0, cond=PROMPTS[:2], steps=2), ours.sample(0, cond=PROMPTS[:2]), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_are_trained_written_and_merged(weights, pictures, undrawn, tmp_path):
     workdir = str(tmp_path / "run")
     run.train(recipe(weights, pictures, "lora"), workdir)

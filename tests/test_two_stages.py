@@ -135,6 +135,7 @@ def test_stages_that_do_not_fit_are_refused_by_name(finished, tmp_path):
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
+@pytest.mark.long
 def test_a_first_stage_is_evaluated_but_samples_nothing(finished):
     first = finished[0] / "first_stage"
     result = main(f"--workdir={first}", "--mode=eval")

@@ -11,11 +11,13 @@ import os
 import re
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from ldm_jax.types import UserError
+from ldm_jax.benchmark import nets, report
+from ldm_jax.benchmark.settings import Settings
+from ldm_jax.benchmark.suites import SUITES, apart, measured, surroundings
+from ldm_jax.types import UserError, lookup
 
-SUITES = ("train", "sample", "compile", "input", "checkpoint")
 PEERS = {"": (), "torch": ("torch eager", "torch compiled"), "torch-eager": ("torch eager",)}
 flags.DEFINE_list("suite", list(SUITES), f"What to measure: {', '.join(SUITES)}.")
 flags.DEFINE_list("net", None, "Which networks, rows of nets.CASES.")
@@ -29,48 +31,29 @@ FLAGS = flags.FLAGS
 
 def measure() -> str:
     """Run the suites asked for; returns the path of the JSON."""
-    from ldm_jax import machine
-    machine.keep_freed_memory()
-    from ldm_jax.benchmark import nets, report
-    from ldm_jax.benchmark.settings import Settings
-    suites = {name: suite(name) for name in FLAGS.suite}
-    asked = None if FLAGS.net is None else tuple(FLAGS.net)
-    settings = Settings(rounds=FLAGS.rounds, steps=FLAGS.steps, batch=FLAGS.batch, asked=asked, peer=peer(), peer_labels=PEERS[FLAGS.peer])
-    chosen = asked or (nets.ON_CPU if settings.cpu else tuple(nets.CASES))
-    unknown = sorted(set(chosen) - set(nets.CASES))
-    if unknown:
-        raise UserError(f"unknown net {unknown[0]!r}; choose from: {', '.join(nets.CASES)}")
-    about, rows = report.facts(), []
-    out = FLAGS.out or os.path.join("benchmarks", "results", f"{slug(about['device'])}_{datetime.date.today()}.json")
-    for module in suites.values():
-        for name in chosen:
-            new = module.run(name, nets.CASES[name], settings)
+    for table, names, kind in ((SUITES, FLAGS.suite, "suite"), (nets.CASES, FLAGS.net or (), "net")):
+        for name in names:
+            lookup(table, name, kind)
+    check_peer()
+    about, usual = apart(surroundings)
+    settings = Settings(rounds=FLAGS.rounds, steps=FLAGS.steps, batch=FLAGS.batch, asked=FLAGS.net and tuple(FLAGS.net),
+                        peer_labels=PEERS[FLAGS.peer])
+    out, rows = FLAGS.out or os.path.join("benchmarks", "results", f"{slug(about['device'])}_{datetime.date.today()}.json"), []
+    for suite in FLAGS.suite:
+        for net in FLAGS.net or usual:
+            new = apart(measured, suite, net, settings)
             rows += new
             report.write(out, rows, about, sys.argv[1:])  # what is measured is kept, whatever comes after
             print("\n".join(report.table(new).splitlines()[2:]), file=sys.stderr, flush=True)
-    if settings.peer:
-        settings.peer.close()
     print(report.table(rows))
     return out
 
 
-def suite(name: str):
-    """The module of a suite."""
-    if name not in SUITES:
-        raise UserError(f"unknown suite {name!r}; choose from: {', '.join(SUITES)}")
-    from ldm_jax.benchmark import compiling, reading, sampling, saving, training
-    return dict(zip(SUITES, (training, sampling, compiling, reading, saving)))[name]
-
-
-def peer():
-    """The peer that is asked for, in its own process; None without."""
-    if not FLAGS.peer:
-        return None
-    missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
+def check_peer() -> None:
+    """Raises UserError when the peer that is asked for cannot be had."""
+    missing = [name for name in ("torch", "diffusers") if FLAGS.peer and importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--peer={FLAGS.peer} needs {', '.join(missing)}; pip install -e .[parity]")
-    from ldm_jax.benchmark.aside import Peer
-    return Peer()
 
 
 def slug(text: str) -> str:
@@ -78,7 +61,6 @@ def slug(text: str) -> str:
 
 
 def main(argv):
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of every part of a save
     try:
         if argv[1:]:
             raise UserError(f"unexpected argument {argv[1]!r}; options are --name=value")

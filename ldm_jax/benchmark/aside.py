@@ -1,4 +1,5 @@
 """The peer in a process of its own, which rests while we are measured: neither's threads nor memory disturb the other's."""
+import contextlib
 import functools
 import multiprocessing
 from typing import Any, Callable, Dict
@@ -31,9 +32,13 @@ class Peer:
         self._process.start()
         theirs.close()
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """End the process, and wait until it has."""
-        self._pipe.send(None)
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._pipe.send(None)
         self._process.join()
 
     def _ask(self, message: Any) -> Any:

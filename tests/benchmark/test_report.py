@@ -49,8 +49,8 @@ def test_json_and_table(tmp_path):
         "| train | net | update, batch 8 | 1,234 images/s (1,000 to 1,500) | torch eager: 617 | 2.00 (1.90 to 2.10) |")
 
 
-@pytest.mark.parametrize("wrong, said", [("--suite=speed", "unknown suite 'speed'; choose from: train"),
-                                         ("--net=resnet", "unknown net 'resnet'; choose from: dit_s2, dit_b2"),
+@pytest.mark.parametrize("wrong, said", [("--suite=speed", "unknown suite 'speed'; choose from: checkpoint"),
+                                         ("--net=resnet", "unknown net 'resnet'; choose from: ddpm_cifar"),
                                          ("now", "unexpected argument")])
 def test_a_mistake_is_one_line(wrong, said):
     out = subprocess.run([sys.executable, "-m", "ldm_jax.benchmark", wrong], cwd=ROOT, capture_output=True, text=True)

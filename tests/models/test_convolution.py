@@ -68,7 +68,8 @@ def test_a_loop_over_updates_has_convolutions_in_the_fast_order_alone():
     x = normal(0, 2, 8, 8, 4)
     down = layers.conv(6, "down", jnp.float32, stride=2)
     block = layers.ResBlock(8)
-    params = {"down": down.init(jax.random.key(0), x), "block": block.init(jax.random.key(1), normal(1, 2, 4, 4, 6)), "image": x}
+    params = {"down": jax.jit(down.init)(jax.random.key(0), x), "block": jax.jit(block.init)(jax.random.key(1), normal(1, 2, 4, 4, 6)),
+              "image": x}
     loss = lambda p: jnp.sum(block.apply(p["block"], down.apply(p["down"], jnp.sin(p["image"])))**2)
     assert orders_in_a_loop(loss, params) == {"b01f_01io->b01f"}
 
@@ -98,7 +99,7 @@ def test_where_winograd_is_used():
 
 def test_a_network_is_the_same_with_winograd_and_without(monkeypatch):
     """Outputs and gradients, to 1e-5 of the largest."""
-    net = unet((32, 32, 3), out_channels=3, width=64, mults=(1, 2), num_res_blocks=1, attention=())
+    net = unet((32, 32, 3), width=64, mults=(1,), num_res_blocks=1, attention=())
     params, x, t = random_params(net), normal(0, 2, 32, 32, 3), jnp.array([0.3, 0.8])
 
     def measured():
@@ -109,7 +110,8 @@ def test_a_network_is_the_same_with_winograd_and_without(monkeypatch):
     on, used = measured()
     monkeypatch.setattr(convolution, "saves", lambda *a: False)
     off, unused = measured()
-    assert used > 3 and unused == 0
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(off[1]))
+    assert used > 1 and unused == 0  # once for each shape
+    on, off = jax.tree.map(np.asarray, (on, off))
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(off[1]))
     for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(off), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest)

@@ -1,4 +1,6 @@
 """What is computed before the steps of sampling, and not in them."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +24,12 @@ NETS = {
 }
 
 
+@functools.lru_cache(None)
 def made(name):
     """(net, parameters with no zeros among them)."""
     net = NETS[name](**needs(CONDITIONERS))
-    params = jax.jit(net.init)(jax.random.key(0))
-    return net, jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    init = lambda key: jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), net.init(key))
+    return net, jax.jit(init)(jax.random.key(0))
 
 
 def cond_of(n):
@@ -38,12 +41,13 @@ def test_the_same_output_from_less_work(name):
     net, params = made(name)
     x, times, i = jax.random.normal(jax.random.key(2), (4, *SHAPE)), jnp.linspace(0.1, 0.9, 5), 3
     t, cond = jnp.full(4, times[i]), cond_of(4)
-    kept = {**net.of_condition(params, x, cond), **jax.tree.map(lambda a: a[i], net.of_times(params, x, times, cond))}
+    of_condition, of_times = jax.jit(lambda params, x: (net.of_condition(params, x, cond), net.of_times(params, x, times, cond)))(params, x)
+    kept, other = ({**of_condition, **jax.tree.map(lambda a: a[j], of_times)} for j in (i, 0))
     plain = lambda params, x: net.apply(params, x, t, cond)
     less = lambda params, x, kept: net.apply(params, x, t, cond, kept=kept)
-    np.testing.assert_allclose(jax.jit(less)(params, x, kept), jax.jit(plain)(params, x), rtol=1e-5, atol=1e-5)
-    other = {**kept, **jax.tree.map(lambda a: a[0], net.of_times(params, x, times, cond))}  # of another time: it must be what is used
-    assert jnp.max(jnp.abs(less(params, x, other) - plain(params, x))) > 1e-3
+    got, of_another_time, want = *map(functools.partial(jax.jit(less), params, x), (kept, other)), jax.jit(plain)(params, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert jnp.max(jnp.abs(of_another_time - want)) > 1e-3  # what is kept must be what is used
     # without the texts' keys and values, and without the modulations
     D, B = 16, 4
     saved = {"dit": 3 * (2 * 2 * 3 * B * D * D + 2 * B * D * 6 * D) + 2 * B * D * 2 * D}.get(name.removeprefix("scanned "))
@@ -90,9 +94,10 @@ def test_pictures_are_the_same_with_a_table_and_without(name, monkeypatch):
     same(pictures(name, monkeypatch, 2**28), pictures(name, monkeypatch, -1))
 
 
-def test_pictures_of_more_steps_than_are_prepared_at_once_and_several_samplers(monkeypatch):
-    for sampler in ("heun", "dpmpp_2m", "dpmpp_2s"):  # two calls in a step, a memory, and times off the grid
-        same(pictures("dit", monkeypatch, 2**28, sampler), pictures("dit", monkeypatch, -1, sampler))
+@pytest.mark.parametrize("sampler", ["heun", pytest.param("dpmpp_2m", marks=pytest.mark.long), "dpmpp_2s"])
+def test_pictures_of_several_samplers(sampler, monkeypatch):
+    """Two calls in a step, a memory, and times off the grid."""
+    same(pictures("dit", monkeypatch, 2**28, sampler), pictures("dit", monkeypatch, -1, sampler))
 
 
 def test_guidance_of_one_is_none_and_an_interval_limits_it(monkeypatch):

@@ -15,7 +15,8 @@ PUBLISHED = {"ddpm_cifar": (35.7e6, 0.05e6), "adm_64": (296e6, 0.5e6), "adm_128"
              "sd_1": (859520964, 0), "sd_2": (865910724, 0), "sdxl": (2567463684, 0)}
 
 
-@pytest.mark.parametrize("name", sorted(UNETS))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name in ("adm_128", "adm_256") else [])
+                                  for name in sorted(UNETS)])
 def test_published_sizes(name):
     """The number of parameters, and the shape of the output for every condition that the network takes."""
     net, spec = unet(**UNETS[name]), jax.ShapeDtypeStruct

@@ -68,7 +68,7 @@ def test_a_process_that_dies_or_stops_ends_the_others(tmp_path, victim, signum, 
     assert all(re.match(rf"error: process {victim} \(host .*, pid {run.all[victim].pid}\)", line) and says in line for line in lines), lines
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_stays_behind_is_named(tmp_path, victim):
     run = Processes(tmp_path, 3, **{f"p{victim}": "hangs"})
     others, lines = run.ends(victim)

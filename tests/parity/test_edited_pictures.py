@@ -49,7 +49,7 @@ def draws(pipeline, monkeypatch, latents):
     started_from(pipeline, monkeypatch, *[latents] * 4)
 
 
-@pytest.mark.parametrize("name, strength", [("euler", 0.7), ("dpm-karras", 0.45)])
+@pytest.mark.parametrize("name, strength", [("euler", 0.7), pytest.param("dpm-karras", 0.45, marks=pytest.mark.long)])
 def test_image_to_image(name, strength, tmp_path, monkeypatch):
     words = tokenizer(tmp_path / "words", "<|endoftext|>")
     unet = randomise(diffusers.UNet2DConditionModel(**CROSS))
@@ -63,7 +63,7 @@ def test_image_to_image(name, strength, tmp_path, monkeypatch):
                       strength=strength), want)
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("strength", [pytest.param(1.0, marks=pytest.mark.long), 0.6])
 def test_inpainting(strength, tmp_path, monkeypatch):
     words = tokenizer(tmp_path / "words", "<|endoftext|>")
     unet = randomise(diffusers.UNet2DConditionModel(**dict(CROSS, in_channels=9)))
@@ -103,6 +103,7 @@ def base(tmp_path, schedule="euler"):
         diffusers.UNet2DConditionModel(**XL)), kind, add_watermarker=False), tmp_path / "base")
 
 
+@pytest.mark.long
 def test_base_and_refiner_share_the_way(tmp_path):
     first, second = base(tmp_path), refiner(tmp_path)
     x = noise((4, 4, 4))
@@ -114,6 +115,7 @@ def test_base_and_refiner_share_the_way(tmp_path):
     close(ours[1].sample(0, cond=PROMPTS, steps=10, x_init=x_t, window=(0.7, 1.0)), want)
 
 
+@pytest.mark.long
 def test_turbo(tmp_path, monkeypatch):
     """One step, or a few with fresh noise, of Euler's ancestral method without guidance."""
     pipeline = base(tmp_path, diffusers.EulerAncestralDiscreteScheduler(**SCALED, timestep_spacing="trailing"))

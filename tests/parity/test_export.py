@@ -58,7 +58,9 @@ def pictures(x):
 
 
 @pytest.mark.parametrize("changes", [
-    {"net__unet__norm_groups": 4}, {"process__parameterization": "x0", "process__schedule__name": "linear", "net__unet__norm_groups": 4},
+    {"net__unet__norm_groups": 4},
+    pytest.param({"process__parameterization": "x0", "process__schedule__name": "linear", "net__unet__norm_groups": 4},
+                 marks=pytest.mark.long),
     {"net__name": "dit", "net__dit__time_shift": 1.0, "sampler__grid": "leading"}], ids=["unet-v-cosine", "unet-x0-linear", "dit-v-cosine"])
 def test_pixels_told_a_class(changes, tmp_path):
     ours, x = run("digits", **changes), noise((8, 8, 1))
@@ -90,6 +92,7 @@ def test_rectified_flow(tmp_path):
 
 
 
+@pytest.mark.long
 def test_latents_of_a_transformer_told_a_class(tmp_path, monkeypatch):
     """DiTPipeline with guidance, its null class 1000; each latent channel with a shift and a scale of its own."""
     ours = run("ldm_cifar", net__name="dit", net__dit__time_shift=1.0, first_stage__autoencoder__kl__norm_groups=4)

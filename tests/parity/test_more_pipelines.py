@@ -52,6 +52,7 @@ def upscaler(folder, **options):
         folder / "up")
 
 
+@pytest.mark.long
 def test_stable_diffusion_upscale(tmp_path, monkeypatch):
     """At the usual noise of the small picture and at another; the noise is that of the conditions here."""
     pipeline = upscaler(tmp_path, max_noise_level=50)

@@ -83,7 +83,7 @@ def tower(row, state, words):
     return model.eval()
 
 
-@pytest.mark.parametrize("row", ["sd1", "sd2_v"])
+@pytest.mark.parametrize("row", ["sd1", pytest.param("sd2_v", marks=pytest.mark.long)])
 def test_stable_diffusion(row, tmp_path):
     """From a checkpoint of the trainer's: the nets, and a picture by the sampler of the original program."""
     words = tokenizer(tmp_path / "words", "!" if row.startswith("sd2") else "<|endoftext|>")
@@ -124,6 +124,7 @@ def test_stable_diffusion(row, tmp_path):
                     output_type="np").images, want)
 
 
+@pytest.mark.long
 def test_stable_diffusion_xl(tmp_path):
     """Two towers, both before their last blocks, and the numbers of the picture's size."""
     words, others = tokenizer(tmp_path / "words", "<|endoftext|>"), tokenizer(tmp_path / "others", "!")

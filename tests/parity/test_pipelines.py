@@ -78,7 +78,7 @@ def test_dit(tmp_path, monkeypatch):
     close(ours.sample(0, cond=[7, 999], steps=STEPS, guidance=3.0, x_init=x), want)
 
 
-@pytest.mark.parametrize("name", ["pndm", "euler-v"])
+@pytest.mark.parametrize("name", [pytest.param("pndm", marks=pytest.mark.long), "euler-v"])
 def test_stable_diffusion(name, tmp_path):
     words = tokenizer(tmp_path / "words", "<|endoftext|>")
     coder = randomise(diffusers.AutoencoderKL(**CODER, latent_channels=4, scaling_factor=0.4), seed=1)
