@@ -1,5 +1,5 @@
 """Attention, by the kernel that suits the machine, and the blocks that attend: to the image itself, and to a context."""
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import flax.linen as nn
 import jax
@@ -16,8 +16,36 @@ def _einsum_attention(q, k, v, mask):
     logits = written(jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32))
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = written(jax.nn.softmax(logits, -1).astype(v.dtype))
-    return written(jnp.einsum("bhts,bhsd->bhtd", weights, v)).swapaxes(1, 2)
+    if jax.default_backend() != "cpu":
+        return jnp.einsum("bhts,bhsd->bhtd", jax.nn.softmax(logits, -1).astype(v.dtype), v).swapaxes(1, 2)
+    # on CPU divided last: there are fewer outputs than weights, and the gradient of the sum is that of the outputs
+    largest = jnp.max(_folded(jnp.maximum, jax.lax.stop_gradient(logits)), -1, keepdims=True)
+    weights = _written_forward(jnp.exp(logits - largest))
+    out = written(jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v))
+    return written(out / _row_sums(weights)[..., None].astype(v.dtype)).swapaxes(1, 2)
+
+
+def _folded(op: Callable, a: Array) -> Array:
+    """op of the last axis' halves, and of their halves, down to 16: XLA's CPU compiler makes vectors of this, and not of a reduction."""
+    while a.shape[-1] > 16 and a.shape[-1] % 2 == 0:
+        a = op(*jnp.split(a, 2, -1))
+    return a
+
+
+@jax.custom_jvp
+def _written_forward(a: Array) -> Array:
+    return written(a)
+
+
+_written_forward.defjvp(lambda primals, tangents: (_written_forward(*primals), *tangents))
+
+
+@jax.custom_jvp
+def _row_sums(a: Array) -> Array:
+    return jnp.sum(_folded(jnp.add, a), -1)
+
+
+_row_sums.defjvp(lambda primals, tangents: (_row_sums(*primals), jnp.sum(*tangents, -1)))  # halves have a slow gradient
 
 
 def choose_attention(backend: str, dtype: Any, head_width: int, masked: Optional[Tuple[int, int]] = None) -> str:
