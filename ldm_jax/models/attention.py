@@ -21,8 +21,8 @@ def _einsum_attention(q, k, v, mask):
     # on CPU divided last: there are fewer outputs than weights, and the gradient of the sum is that of the outputs
     largest = jnp.max(_folded(jnp.maximum, jax.lax.stop_gradient(logits)), -1, keepdims=True)
     weights = _written_forward(jnp.exp(logits - largest))
-    out = written(jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v))
-    return written(out / _row_sums(weights)[..., None].astype(v.dtype)).swapaxes(1, 2)
+    out = written(jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32))
+    return written((out / _row_sums(weights)).astype(v.dtype)).swapaxes(1, 2)
 
 
 def _folded(op: Callable, a: Array) -> Array:
@@ -33,19 +33,19 @@ def _folded(op: Callable, a: Array) -> Array:
 
 
 @jax.custom_jvp
-def _written_forward(a: Array) -> Array:
-    return written(a)
-
-
-_written_forward.defjvp(lambda primals, tangents: (_written_forward(*primals), *tangents))
+def _row_sums(a: Array) -> Array:
+    """jnp.sum(a, -1, keepdims=True), whose gradient is spread at once and not half by half."""
+    return jnp.sum(_folded(jnp.add, a), -1, keepdims=True)
 
 
 @jax.custom_jvp
-def _row_sums(a: Array) -> Array:
-    return jnp.sum(_folded(jnp.add, a), -1)
+def _written_forward(a: Array) -> Array:
+    """`written`, but its gradient is not: that is added up and multiplied in one go."""
+    return written(a)
 
 
-_row_sums.defjvp(lambda primals, tangents: (_row_sums(*primals), jnp.sum(*tangents, -1)))  # halves have a slow gradient
+_row_sums.defjvp(lambda primals, tangents: (_row_sums(*primals), jnp.sum(*tangents, -1, keepdims=True)))
+_written_forward.defjvp(lambda primals, tangents: (_written_forward(*primals), *tangents))
 
 
 def choose_attention(backend: str, dtype: Any, head_width: int, masked: Optional[Tuple[int, int]] = None) -> str:

@@ -79,14 +79,28 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", ones, (C,))[None]
         bias = self.param("bias", zeros, (C,))[None]
         h = x.reshape(x.shape[0], -1, G, C // G).astype(jnp.float32)
-        mean = jnp.mean(h, (1, 3), keepdims=True)
-        rstd = jax.lax.rsqrt(jnp.mean(jnp.square(h - mean), (1, 3), keepdims=True) + self.eps)
+        mean = _group_means(h)
+        rstd = jax.lax.rsqrt(_group_means(jnp.square(h - mean)) + self.eps)
         if scale_shift is not None:
             gain = 1.0 + scale_shift[0].astype(jnp.float32)
             scale, bias = scale * gain, bias * gain + scale_shift[1].astype(jnp.float32)
         a = rstd * scale.reshape(-1, 1, G, C // G)
         y = (h - mean) * a + bias.reshape(-1, 1, G, C // G)
         return y.astype(self.dtype).reshape(x.shape)
+
+
+def _group_means(a: Array) -> Array:
+    """[B, S, G, C] -> [B, 1, G, 1]; on CPU over S first, at most 16 at a time: of longer sums XLA's compiler makes slow windows."""
+    if jax.default_backend() != "cpu":
+        return jnp.mean(a, (1, 3), keepdims=True)
+    B, S, G, C = a.shape
+    sums = a.reshape(B, S, G * C)
+    while sums.shape[1] > 16:
+        some = math.gcd(sums.shape[1], 16)
+        if some == 1:
+            break
+        sums = written(jnp.sum(sums.reshape(B, -1, some, G * C), 2))
+    return jnp.sum(jnp.sum(sums, 1).reshape(B, 1, G, C), 3, keepdims=True) / (S * C)
 
 
 class LayerNorm(nn.Module):

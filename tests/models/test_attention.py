@@ -16,11 +16,14 @@ MASK = np.array([[1, 1, 0, 1, 0], [1, 1, 1, 1, 1]], bool)[:, None, None]
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("keys", [1, 16])
 @pytest.mark.parametrize("impl", HERE)
-def test_attention(impl, mask, dtype, tolerance):
+def test_attention(impl, keys, mask, dtype, tolerance):
     """Against float64, for inputs that are the same in both: the values, and what the loss sum(w out) says of k and v."""
     draw = lambda *shape: np.float64(jnp.asarray(RNG.standard_normal(shape), dtype))
-    (q, w), (k, v) = (draw(2, 3, 2, 4) for _ in range(2)), (draw(2, 5, 2, 4) for _ in range(2))
+    S = 5 * keys
+    mask = mask if mask is None else mask.repeat(keys, -1)
+    (q, w), (k, v) = (draw(2, 3, 2, 4) for _ in range(2)), (draw(2, S, 2, 4) for _ in range(2))
     p = np.exp(np.einsum("bthd,bshd->bhts", q, k) / 2.0) * (1.0 if mask is None else mask)
     p /= p.sum(-1, keepdims=True)
     dp = np.einsum("bthd,bshd->bhts", w, v)
@@ -31,7 +34,7 @@ def test_attention(impl, mask, dtype, tolerance):
     assert out.dtype == dtype
     for got, expected in zip((out, *pull(w)), want):
         np.testing.assert_allclose(np.float64(got), expected, atol=tolerance * np.abs(expected).max())
-        if mask is not None and got.shape[1] == 5:
+        if mask is not None and got.shape[1] == S:
             assert not np.any(np.float64(got)[~mask[:, 0, 0]])
 
 

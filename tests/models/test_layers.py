@@ -27,10 +27,11 @@ def test_groups_adapt_to_the_width(channels, want):
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_group_norm_with_scale_and_shift(offset):
-    x = np.float64(np.float32(RNG.standard_normal((3, 4, 5, 12)) + offset))
+@pytest.mark.parametrize("size", [(4, 5), (7, 7), (16, 32)])
+def test_group_norm_with_scale_and_shift(size, offset):
+    x = np.float64(np.float32(RNG.standard_normal((3, *size, 12)) + offset))
     scale, bias, g, s = (RNG.standard_normal(shape) for shape in ((12,), (12,), (3, 12), (3, 12)))
-    groups = x.reshape(3, 20, 3, 4)
+    groups = x.reshape(3, -1, 3, 4)
     want = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
     want = (want.reshape(x.shape) * scale + bias) * (1 + g[:, None, None]) + s[:, None, None]
     params = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
