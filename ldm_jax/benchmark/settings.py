@@ -40,7 +40,7 @@ class Settings:
         return matrix_rate(self.dtype) * jax.device_count()
 
     def memory_in_use(self) -> Optional[float]:
-        """The most bytes in use at once so far: on the device, on CPU of this process, peers included."""
+        """The most bytes in use at once so far: on the device, on CPU by this process."""
         if self.cpu:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

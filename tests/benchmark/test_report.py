@@ -1,13 +1,15 @@
 """Turns, ratios, the table and the JSON of the benchmark, and its command line."""
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from ldm_jax.benchmark import nets, report, sampling, timing, training
+from ldm_jax.benchmark import nets, report, sampling, suites, timing, training
 from ldm_jax.benchmark.settings import Settings
 from ldm_jax.models.dit import dit
+from ldm_jax.types import UserError, lookup
 from tests.conftest import ROOT
 
 CASE = nets.Case(lambda **options: dit((8, 8, 4), width=16, depth=1, num_heads=2, **options), (8, 8, 4), "class", (8, 4), (8, 4))
@@ -36,6 +38,12 @@ def test_updates_and_pictures_of_a_small_network():
     assert update.detail["gflop_per_image"] > 0 and rows[1].unit == "%"
     assert {row.what for row in rows if row.suite == "sample"} == {
         f"2 DDIM steps, {n}{guided}" for n in ("1 picture", "4 pictures") for guided in ("", ", guided")}
+
+
+def test_what_is_measured_apart_has_a_new_process_and_its_errors_arrive():
+    assert len({os.getpid(), suites.apart(os.getpid), suites.apart(os.getpid)}) == 3
+    with pytest.raises(UserError, match="unknown net 'x'"):
+        suites.apart(lookup, {"y": 0}, "x", "net")
 
 
 def test_json_and_table(tmp_path):
