@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Iterator, Mapping, Optional, Tuple, Union
 
 import numpy as np
@@ -175,10 +175,23 @@ class _Files:
             return str(path)  # gzipped files are read as they are
         try:
             with tarfile.open(path, "r:gz") as tar:
-                tar.extractall(self.scratch, filter="data")
+                _unpack(tar, self.scratch)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise UserError(f"{path} cannot be unpacked: {str(e).splitlines()[0]}") from e
         return str(self.scratch)
+
+
+def _unpack(tar: tarfile.TarFile, into: Path) -> None:
+    """The plain files of an archive, none of them outside `into`. (The filter of `extractall` is missing in Python 3.11.0 to 3.11.3.)"""
+    for member in tar:
+        if member.isfile():
+            path = PurePosixPath(member.name)
+            if path.is_absolute() or ".." in path.parts:
+                raise tarfile.TarError(f"{member.name} would lie outside of the archive's directory")
+            target = into / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tar.extractfile(member) as source, open(target, "wb") as f:
+                shutil.copyfileobj(source, f)
 
 
 def _builder(name: str, files: _Files, root: Path):

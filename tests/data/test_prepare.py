@@ -1,10 +1,12 @@
 """Preparing the official archives without TensorFlow: exact pixels and labels back, nothing half-done, clear errors."""
 import contextlib
 import http.server
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 
@@ -161,6 +163,19 @@ def test_bad_archives_are_refused_and_leave_nothing(damage, tmp_path, monkeypatc
     says = {"no file": "no file", "other bytes": "SHA-256", "cut record": "test_batch.bin", "not a tar": "cannot be unpacked"}
     assert says[damage] in error and len(error.splitlines()) <= 2
     assert find("cifar10", [out]) is None and not list(out.rglob("*.*"))
+
+
+@pytest.mark.parametrize("name", ["../out.bin", "a/../../out.bin", "{tmp_path}/out.bin"])
+def test_an_archive_writes_nowhere_but_where_it_is_unpacked(name, tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for part in ("a/in.bin", name.format(tmp_path=tmp_path)):
+            entry = tarfile.TarInfo(part)
+            entry.size = 3
+            tar.addfile(entry, io.BytesIO(b"abc"))
+    (tmp_path / "into").mkdir()
+    with pytest.raises(UserError, match="cannot be unpacked: .*out.bin"):
+        prepare._Files({"x.tar.gz": tmp_path / "a.tar.gz"}, tmp_path / "into").download_and_extract("x.tar.gz")
+    assert (tmp_path / "into" / "a" / "in.bin").read_bytes() == b"abc" and not (tmp_path / "out.bin").exists()
 
 
 def test_unknown_name_and_unwritable_directory(tmp_path, capsys):
