@@ -39,6 +39,18 @@ def test_attention(impl, keys, mask, dtype, tolerance):
 
 
 @pytest.mark.parametrize("impl", HERE)
+def test_large_logits_do_not_overflow(impl):
+    """Up to some thousands, the largest of each row anywhere in it."""
+    q, k, v = (np.float64(np.float32(s * RNG.standard_normal((2, n, 2, 4)))) for s, n in ((40, 80), (40, 80), (1, 80)))
+    logits = np.einsum("bthd,bshd->bhts", q, k) / 2.0
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    want = np.einsum("bhts,bshd->bthd", p / p.sum(-1, keepdims=True), v)
+    assert logits.max(-1).min() > 100 and len(np.unique(logits.argmax(-1))) > 30
+    got = attention.attention(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), None, impl)
+    np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+@pytest.mark.parametrize("impl", HERE)
 def test_a_query_that_sees_no_key_gets_zero(impl):
     q, k, v = (jnp.asarray(RNG.standard_normal((2, 3, 2, 4)), jnp.float32) for _ in range(3))
     mask = jnp.asarray([[0, 0, 0], [1, 0, 1]], bool)[:, None, None]
