@@ -8,6 +8,7 @@ few times that of the sum itself: with the usual +-1 and +-2 it is four times as
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ldm_jax.types import Array
@@ -23,8 +24,7 @@ def winograd(x: Array, kernel: Array) -> Array:
     B, H, W, I = x.shape
     x = jnp.pad(x, ((0, 0), (1, 3), (1, 3), (0, 0)))
     d = [row for column in _once(_into(_tiles(x, 1))) for row in _into(_tiles(column, 2))]
-    G = jnp.asarray(_G, x.dtype)
-    g = jnp.einsum("pi,qj,ijco->pqco", G, G, kernel).reshape(36, I, -1)
+    g = jnp.tensordot(jnp.asarray(np.kron(_G, _G), x.dtype), kernel.reshape(9, I, -1), 1)
     m = _once(jnp.einsum("ptc,pco->pto", _once(jnp.stack(d).reshape(36, -1, I)), _once(g)))
     m = m.reshape(6, 6, B, H // 4, W // 4, -1)
     y = jnp.stack([jnp.stack(_out_of(row), 3) for row in _out_of(m)], 2)  # [B, H / 4, 4, W / 4, 4, O]
