@@ -192,6 +192,7 @@ def test_adapters_are_trained_written_and_merged(weights, pictures, undrawn, tmp
         plain.save_lora(str(tmp_path / "none"))
 
 
+@pytest.mark.long
 def test_another_process_and_another_loss(weights, pictures, tmp_path):
     """Rectified flow from a checkpoint of eps: the net and the first stage are its own, the process and the sampler the recipe's."""
     config = recipe(weights, pictures)

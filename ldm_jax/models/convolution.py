@@ -35,7 +35,7 @@ def convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **ho
 def saves(x: Any, kernel: Any, strides: Sequence[int], padding: Any) -> bool:
     """Whether `winograd` can do a convolution, and pays: with channels, and enough tiles for what the kernel's transform costs.
 
-    For gradients it did not pay: an update's convolutions transform each kernel anew, where the steps of sampling do it once.
+    The image's gradient is such a convolution again; for the kernel's it did not pay.
     """
     B, H, W, I = x.shape
     channels, tiles = min(I, kernel.shape[-1]), B * H * W / 16
@@ -52,6 +52,9 @@ def _on_cpu(x, kernel, *, strides, padding):
 
 
 def _gradient_of_x(g, x, kernel, *, strides, padding):
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    if saves(g, turned, strides, padding):  # which has stride 1 and as many rows and columns as x: the gradient is a correlation, too
+        return convolution_p.bind(g, turned, strides=strides, padding=padding)
     # the same convolution as _plain's, with the kernel's axes where their order is the fast one once it is transposed
     same = lambda x: lax.conv_general_dilated(x, kernel.swapaxes(2, 3), strides, padding, dimension_numbers=("NHWC", "HWOI", "NHWC"))
     return jax.linear_transpose(same, x.aval)(g)[0]

@@ -25,7 +25,8 @@ PUBLISHED = {  # Rombach et al. 2022, table 8
     "vq-f16": vq(*F16, 8, codes=16384, **DEEP), "vq-f32": vq(*F32, 16, codes=16384, mults=(1, 1, 2, 2, 4, 4), attention=(16, 8))}
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name in ("kl-f16", "vq-f16") else [])
+                                  for name in sorted(PUBLISHED)])
 def test_published_shapes(name):
     ae, side = PUBLISHED[name], 256 // int(name.split("-f")[1])
     params = jax.eval_shape(ae.init, jax.random.key(0))

@@ -97,6 +97,20 @@ def test_where_winograd_is_used():
                     at((8, 32, 32, 128), 128, dtype=jnp.bfloat16)))
 
 
+def test_derivatives_where_winograd_is_used(monkeypatch):
+    """Of the image, and of a gradient's norm, with other widths on the way back than on the way there."""
+    x, kernel, used = normal(0, 4, 16, 16, 64), 0.05 * normal(1, 3, 3, 64, 96), []
+    monkeypatch.setattr(convolution, "winograd", lambda *a: used.append(a[0].shape) or winograd(*a))
+    ours = lambda x, k: convolve(x, k, (1, 1), "SAME")
+    plain = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=IMAGES)
+    first = lambda f: jax.grad(lambda x, k: jnp.sum(jnp.sin(f(x, k))), (0, 1))
+    second = lambda f: jax.grad(lambda x, k: jnp.sum(first(f)(x, k)[0] ** 2), (0, 1))
+    for derivative in (first, second):
+        for got, want in zip(*(jax.jit(derivative(f))(x, kernel) for f in (ours, plain)), strict=True):
+            assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+    assert {shape[-1] for shape in used} == {64, 96}
+
+
 def test_a_network_is_the_same_with_winograd_and_without(monkeypatch):
     """Outputs and gradients, to 1e-5 of the largest."""
     net = unet((32, 32, 3), width=64, mults=(1,), num_res_blocks=1, attention=())

@@ -49,7 +49,8 @@ def draws(pipeline, monkeypatch, latents):
     started_from(pipeline, monkeypatch, *[latents] * 4)
 
 
-@pytest.mark.parametrize("name, strength", [("euler", 0.7), pytest.param("dpm-karras", 0.45, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name, strength", [("euler", 0.7), ("dpm-karras", 0.45)])
 def test_image_to_image(name, strength, tmp_path, monkeypatch):
     words = tokenizer(tmp_path / "words", "<|endoftext|>")
     unet = randomise(diffusers.UNet2DConditionModel(**CROSS))

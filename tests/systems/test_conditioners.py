@@ -341,6 +341,7 @@ def test_pictures_as_conditions_rule_out_a_cache_of_latents():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_of_several_conditions_trains_samples_and_draws(tmp_path):
     settings = config("shapes", "all_smoke").to_dict()
     settings["net"]["name"] = "dit"
