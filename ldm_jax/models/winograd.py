@@ -23,10 +23,10 @@ def winograd(x: Array, kernel: Array) -> Array:
     """x [B, H, W, I] * kernel [3, 3, I, O] -> [B, H, W, O], zero outside of the image; H and W are multiples of 4."""
     B, H, W, I = x.shape
     x = jnp.pad(x, ((0, 0), (1, 3), (1, 3), (0, 0)))
-    d = [row for column in _once(_into(_tiles(x, 1))) for row in _into(_tiles(column, 2))]
+    along = _once(jnp.stack(_into(_tiles(x, 2))))  # [6, B, H + 4, W / 4, I]
+    d = jnp.stack(_into(_tiles(along, 2))).reshape(36, -1, I)
     g = jnp.tensordot(jnp.asarray(np.kron(_G, _G), x.dtype), kernel.reshape(9, I, -1), 1)
-    m = _once(jnp.einsum("ptc,pco->pto", _once(jnp.stack(d).reshape(36, -1, I)), _once(g)))
-    m = m.reshape(6, 6, B, H // 4, W // 4, -1)
+    m = _once(jnp.einsum("ptc,pco->pto", _once(d), _once(g))).reshape(6, 6, B, H // 4, W // 4, -1)
     y = jnp.stack([jnp.stack(_out_of(row), 3) for row in _out_of(m)], 2)  # [B, H / 4, 4, W / 4, 4, O]
     return y.reshape(B, H, W, -1)
 
