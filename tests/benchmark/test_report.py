@@ -1,6 +1,8 @@
 """Turns, ratios, the table and the JSON of the benchmark, and its command line."""
+import io
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -55,6 +57,16 @@ def test_json_and_table(tmp_path):
     assert "jax" in said["versions"]
     assert report.table([row]).splitlines()[-1] == (
         "| train | net | update, batch 8 | 1,234 images/s (1,000 to 1,500) | torch eager: 617 | 2.00 (1.90 to 2.10) |")
+
+
+@pytest.mark.parametrize("said, want", [
+    ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fma avx512f\n", "AMD EPYC (family 26 model 2, AVX-512)"),
+    ("cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fma avx2\n", "AMD EPYC (family 25 model 1)"),
+    ("processor\t: 0\nFeatures\t: fp asimd\n", platform.processor() or platform.machine()),
+])
+def test_the_processor_is_named_with_its_kind(said, want, monkeypatch):
+    monkeypatch.setattr(report, "open", lambda path: io.StringIO(said), raising=False)
+    assert report.processor() == want
 
 
 @pytest.mark.parametrize("wrong, said", [("--suite=speed", "unknown suite 'speed'; choose from: checkpoint"),
