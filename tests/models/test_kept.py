@@ -89,7 +89,7 @@ def same(a, b):
     assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ["dit", "scanned dit", pytest.param("unet", marks=pytest.mark.long)])
 def test_pictures_are_the_same_with_a_table_and_without(name, monkeypatch):
     same(pictures(name, monkeypatch, 2**28), pictures(name, monkeypatch, -1))
 
